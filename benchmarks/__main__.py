@@ -1,0 +1,103 @@
+"""python -m benchmarks                every bench, one process each, one table, records appended (at most 15 minutes)
+python -m benchmarks --quick        the same with the quick cases only
+python -m benchmarks room <op>      one room against the roof and its last record (seconds)
+python -m benchmarks list           the benches there are"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.harness import records as store
+from benchmarks.harness.bench import COLUMNS, rows_of
+from benchmarks.harness.environment import ROOT, stamp
+from benchmarks.harness.table import print_table
+
+OPS = Path(__file__).parent / "ops"
+LIMIT_SECONDS = 240  # of one bench
+
+
+def benches() -> list[str]:
+    return sorted(path.stem.removeprefix("bench_") for path in OPS.glob("bench_*.py"))
+
+
+def run_one(op: str, arguments: list[str], quiet: bool) -> tuple[int, str]:
+    """(exit status, output) of one bench in a process of its own; its output streams through unless quiet."""
+    command = [sys.executable, "-m", f"benchmarks.ops.bench_{op}", *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, check=False, timeout=LIMIT_SECONDS, text=True,
+            stdout=subprocess.PIPE if quiet else None, stderr=subprocess.STDOUT if quiet else None,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, f"stopped after {LIMIT_SECONDS} s"
+    return done.returncode, done.stdout or ""
+
+
+def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
+    failures: list[tuple[str, int, str]] = []
+    rows: list[list[str]] = []
+    notes: list[str] = []
+    began = time.monotonic()
+    names = args.only or benches()
+    with tempfile.TemporaryDirectory() as folder:
+        for index, op in enumerate(names, 1):
+            print(f"[{index}/{len(names)}] {op} ...", end="", flush=True)
+            start = time.monotonic()
+            path = store.path_for(op)
+            last = store.latest(store.load(path))
+            fresh = Path(folder) / f"{op}.jsonl"
+            status, output = run_one(op, ["--json", str(fresh), *passed_on], quiet=True)
+            print(f" {time.monotonic() - start:.0f} s" + (f", exit {status}" if status else ""), flush=True)
+            if status:
+                failures.append((op, status, output))
+            found = store.load(fresh)
+            if found and not args.no_record:
+                store.append(found, path)
+            rows += [[op if i == 0 else "", *row] for i, row in enumerate(rows_of(found, last))]
+            notes += [f"{op}: {line}" for line in output.splitlines() if line.startswith(("left out:", "WRONG:"))]
+    e = stamp()
+    dirty = " + local changes" if e["dirty"] else ""
+    title = f"{e['device']}, {e['threads']} threads, {e['cpu_level']}, torch {e['torch']}, commit {e['commit']}{dirty}"
+    print_table(title, [("bench", "<"), *COLUMNS], rows)
+    for note in notes:
+        print(note)
+    for op, status, output in failures:
+        print(f"\n{op} ended with exit status {status}; its last lines:")
+        print("\n".join(output.splitlines()[-15:]))
+    if not args.no_record:
+        print(f"records: {store.path_for('x').parent.relative_to(ROOT)}/")
+    print(f"{len(names) - len(failures)} of {len(names)} benches in {time.monotonic() - began:.0f} s")
+    return 1 if failures else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("what", nargs="?", choices=("all", "room", "list"), default="all")
+    p.add_argument("op", nargs="?", help="the room of `room`")
+    p.add_argument("--only", action="append", metavar="OP", help="only this bench (repeatable)")
+    p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider that compiles first")
+    p.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results/")
+    p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    args, rest = p.parse_known_args(argv)
+    if args.what == "list":
+        print("\n".join(benches()))
+        return 0
+    if args.what == "room":
+        if args.op not in benches():
+            p.error(f"room: {args.op!r} has no bench; there are {', '.join(benches())}")
+        return run_one(args.op, ["--quick", "--device", args.device, "--seconds", "0.25", *rest], quiet=False)[0]
+    unknown = sorted(set(args.only or []) - set(benches()))
+    if unknown:
+        p.error(f"--only: {', '.join(unknown)} has no bench; there are {', '.join(benches())}")
+    return run_all(args, ["--device", args.device, *(["--quick"] if args.quick else []), *rest])
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,234 @@
+"""The measuring instrument, measured. Timings run on shared machines, so each claim about time gets a few attempts: a right
+instrument passes one of them, a wrong one none."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks.harness import environment, records, table, timing
+from benchmarks.harness.bench import Case, Cost, disagreement, parser, rows_of, selected
+from benchmarks.harness.timing import Provider, Ring, Timing, compare, measure
+
+ATTEMPTS = 5
+
+
+def eventually(attempt, what: str):
+    """attempt() -> (passed, detail), at most ATTEMPTS times."""
+    seen = []
+    for _ in range(ATTEMPTS):
+        passed, detail = attempt()
+        if passed:
+            return
+        seen.append(detail)
+    pytest.fail(f"{what}: in {ATTEMPTS} attempts got {seen}")
+
+
+def spin(seconds: float):
+    """Work of a known duration: reads the clock until the time is over."""
+
+    def run():
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return run
+
+
+def a_timing(samples, provider="a", cache="cold", first_call=1.0) -> Timing:
+    return Timing(provider, "perf_counter", cache, first_call, 1, list(samples), list(range(len(samples))), 1, 0)
+
+
+def test_known_sleep_within_5_percent():
+    def attempt():
+        # A sleep may oversleep; what it really took is measured around it and is what the harness must report.
+        real = []
+
+        def sleep():
+            start = time.perf_counter()
+            time.sleep(0.005)
+            real.append(time.perf_counter() - start)
+
+        got = measure([Provider("sleep", sleep)], seconds=0.1, rounds=11)["sleep"].median
+        want = timing.quantile(real[-11:], 0.5)
+        return 0.005 <= got and abs(got / want - 1) < 0.05, (got, want)
+
+    eventually(attempt, "5 ms sleep")
+
+
+def test_known_copy_within_5_percent():
+    source = torch.ones(4 << 20)
+    target = torch.empty_like(source)
+
+    def attempt():
+        got = measure([Provider("copy", lambda: target.copy_(source))], seconds=0.1, rounds=11)["copy"].median
+        start = time.perf_counter()
+        for _ in range(30):
+            target.copy_(source)
+        want = (time.perf_counter() - start) / 30
+        return abs(got / want - 1) < 0.05, (got, want)
+
+    eventually(attempt, "16 MiB copy")
+
+
+def test_planted_slowdown_is_detected_and_a_a_is_not():
+    def attempt():
+        t = measure([Provider("a", spin(4e-4)), Provider("twin", spin(4e-4)), Provider("slow", spin(4.4e-4))], seconds=0.12)
+        slow, twin = compare(t["slow"], t["a"]), compare(t["twin"], t["a"])
+        good = slow.verdict == "slower" and 1.05 < slow.median < 1.15 and compare(t["a"], t["slow"]).verdict == "faster"
+        return good and twin.verdict == "same", (slow, twin)
+
+    eventually(attempt, "10% slowdown")
+
+
+def test_ratio_interval_covers_and_refuses():
+    steady = [1.0, 1.02, 0.98] * 7
+    assert compare(a_timing([1.1 * s for s in steady]), a_timing(steady, "b")).verdict == "slower"
+    assert compare(a_timing(steady), a_timing(steady, "b")).verdict == "same"
+    assert compare(a_timing([1.01 * s for s in steady]), a_timing(steady, "b")).verdict == "same"  # below the threshold
+    few = compare(a_timing([2.0] * 4), a_timing([1.0] * 4, "b"))
+    assert few.median == 2.0 and few.verdict == "same"  # four rounds prove nothing
+    # Noise shared by the rounds cancels: both providers slow down together.
+    drift = [1.0 + 0.5 * i for i in range(21)]
+    ratio = compare(a_timing([1.1 * d for d in drift]), a_timing(drift, "b"))
+    assert ratio.verdict == "slower" and ratio.median == pytest.approx(1.1)
+
+
+def test_first_call_stays_out_of_the_samples():
+    calls = []
+
+    def lazy():
+        calls.append(1)
+        spin(0.03 if len(calls) == 1 else 2e-4)()
+
+    t = measure([Provider("lazy", lazy)], seconds=0.05)["lazy"]
+    assert t.first_call >= 0.03 and t.median < 0.01
+
+
+def test_median_spread_outliers_and_note():
+    t = a_timing([1.0] * 18 + [1.01, 9.0])
+    assert (t.median, t.p20, t.p80, t.outliers) == (1.0, 1.0, 1.0, 1)
+    assert t.note == "1 of 20 blocks far above the median"
+    assert "busy machine" in a_timing([1.0, 1.0, 1.5, 1.5, 1.5, 1.0]).note
+    assert timing.quantile([1.0, 2.0, 3.0, 4.0], 0.5) == 2.5
+
+
+def test_cold_ring_exceeds_twice_the_cache_and_warm_does_not(monkeypatch):
+    monkeypatch.setattr(timing, "last_level_cache_bytes", lambda device="cpu": 1 << 20)
+    cold = Ring.make(lambda i: (torch.full((1 << 15,), float(i)),), "cold")  # 128 KiB a set
+    assert cold.cache == "cold" and timing.storage_bytes(cold.sets) > 2 << 20
+    seen = [cold.take()[0].data_ptr() for _ in range(2 * len(cold.sets))]
+    assert len(set(seen)) == len(cold.sets) and seen[: len(cold.sets)] == seen[len(cold.sets) :]
+    warm = Ring.make(lambda i: (torch.zeros(1 << 15),), "warm")
+    assert warm.cache == "warm" and len(warm.sets) == 1
+    tiny = Ring.make(lambda i: (torch.zeros(4),), "cold")  # cannot be cold: says so instead of claiming it
+    assert tiny.cache == "warm"
+    with pytest.raises(ValueError, match="expected 'cold' or 'warm'"):
+        Ring.make(lambda i: (), "lukewarm")
+
+
+def test_storage_bytes_counts_each_storage_once():
+    x = torch.zeros(10, 10)
+    assert timing.storage_bytes(x, x[2:], (x.t(), {"y": torch.zeros(5)})) == 420
+
+
+def test_slow_provider_gets_fewer_rounds_and_shares_them():
+    t = measure([Provider("slow", spin(0.01)), Provider("fast", spin(1e-4))], seconds=0.06, rounds=21)
+    assert 3 <= len(t["slow"].samples) < 21 == len(t["fast"].samples)
+    assert compare(t["slow"], t["fast"]).rounds == len(t["slow"].samples)
+
+
+def test_order_is_seeded():
+    def order(seed):
+        seen = []
+        providers = [Provider(name, lambda n=name: seen.append(n)) for name in "abcd"]
+        measure(providers, seconds=0.004, rounds=8, block_seconds=1e-9, seed=seed)
+        return seen[-32:]
+
+    assert order(1) == order(1) != order(2)
+
+
+def test_equal_names_are_refused():
+    with pytest.raises(ValueError, match="each name once"):
+        measure([Provider("a", spin(1e-5)), Provider("a", spin(1e-5))])
+
+
+def a_record(**changes) -> records.Record:
+    fields = {
+        "op": "rms_norm", "mode": "fwd", "dtype": "fp32", "shape": "s", "dims": {"rows": 2}, "bytes": 3_000_000, "flops": 0,
+        "exps": 0, "roof": "copy", "roof_seconds": 0.5, "fraction": 0.5, "environment": {"device": "x"},
+    }  # fmt: skip
+    return records.Record.of(a_timing([1.0, 1.0, 1.1]), **(fields | changes))
+
+
+def test_records_append_load_and_latest(tmp_path):
+    path = tmp_path / "device" / "rms_norm.jsonl"
+    records.append([a_record()], path)
+    first = path.read_text()
+    records.append([a_record(fraction=0.7), a_record(dtype="bf16")], path)
+    assert path.read_text().startswith(first)  # appended, never rewritten
+    loaded = records.load(path)
+    assert [r.fraction for r in loaded] == [0.5, 0.7, 0.5] and loaded[0] == a_record()
+    assert records.latest(loaded)[a_record().key].fraction == 0.7
+    path.write_text(json.dumps({**json.loads(first), "schema": 99}) + "\n")
+    with pytest.raises(ValueError, match="schema is 99, this tree reads 1"):
+        records.load(path)
+
+
+def test_committed_records_load_and_carry_their_environment():
+    for path in records.RESULTS.glob("*/*.jsonl"):
+        for record in records.load(path):
+            assert record.environment["commit"] and record.environment["device"], path
+            assert record.median > 0 and record.p20 <= record.median <= record.p80, path
+
+
+def test_stamp_has_what_a_reader_needs_and_no_machine_paths():
+    stamp = environment.stamp()
+    for key in ("commit", "dirty", "date", "command", "device", "cpu", "cores", "threads", "cpu_level", "torch", "python", "os"):
+        assert key in stamp
+    assert stamp["allocator"] and stamp["last_level_cache_bytes"] > 0
+    assert str(environment.ROOT) not in json.dumps(stamp)
+    slug = environment.device_slug()
+    assert slug and set(slug) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+def test_plain_table_is_aligned_and_used_without_a_terminal(capsys):
+    table.print_table("t", [("name", "<"), ("n", ">")], [["a", "1"], ["long", "20"]])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "t" and lines[1:] == ["name   n", "----  --", "a      1", "long  20"]
+    assert table.seconds_text(1.234e-5) == "12.3 us" and table.bytes_text(4_000_000) == "4.00 MB"
+
+
+def test_rows_compare_with_the_last_record():
+    old, new = a_record(), a_record()
+    new.median = 2.0
+    [row] = rows_of([new], {old.key: old})
+    assert "2.00x" in row and "50% copy" in row
+    assert "-" in rows_of([new], {})[0]
+
+
+def test_wrong_provider_is_seen_before_it_is_timed():
+    x = torch.randn(100)
+    assert disagreement((x, x), (x, x)) == 0
+    assert disagreement(x * 1.001, x) == pytest.approx(1e-3, rel=1e-3)
+    assert disagreement(x[:50], x) == float("inf") and disagreement(x * float("nan"), x) == float("inf")
+
+
+def test_case_selection():
+    def case(shape, quick):
+        return Case("fwd", "fp32", shape, {}, Cost(1), "", lambda i: (), (), quick=quick)
+
+    cases = [case("a", True), case("b", False)]
+    assert [c.shape for c in selected(cases, parser("x").parse_args([]))] == ["a", "b"]
+    assert [c.shape for c in selected(cases, parser("x").parse_args(["--quick"]))] == ["a"]
+    assert [c.shape for c in selected(cases, parser("x").parse_args(["--shape", "b"]))] == ["b"]
+
+
+def test_harness_imports_neither_cobra_nor_a_backend():
+    code = "import sys, benchmarks.harness; sys.exit(any(m.split('.')[0] in ('cobra', 'triton') for m in sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, check=False).returncode == 0
