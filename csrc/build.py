@@ -1,0 +1,234 @@
+"""Builds everything native: which sources, which flags, which GPU images. Writes a build.ninja per target and runs ninja.
+
+    python csrc/build.py ext          the torch extension cobra_kernels/_C.abi3.so, in place
+
+setup.py calls `build_extension` of this file; nothing else builds C++ or CUDA in this project. Objects live in one fixed
+folder per target (build/<target>/), so a rebuild compiles what changed and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+EXTENSION = ROOT / "cobra_kernels" / "_C.abi3.so"
+
+# One binary for torch 2.11 and every later one (LibTorch Stable ABI).
+TORCH_TARGET_VERSION = "0x020b000000000000"
+
+CXX_FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+# No -ffast-math: it would fold the rounding steps of exp2 away and break NaN and infinity.
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+KERNEL_FLAGS += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]  # gcc 12 warns inside its own AVX-512 header
+LEVEL_FLAGS = {
+    "scalar": ["-DCOBRA_LEVEL_SCALAR"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c", "-mprefer-vector-width=512"],
+}
+LEVELS = list(LEVEL_FLAGS) if platform.machine() in ("x86_64", "AMD64") else ["scalar"]
+
+NVCC_FLAGS = ["-O3", "-std=c++20", "--compress-mode=size", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+ALL_ARCHS = ["80", "86", "89", "90a", "100", "120"]  # sm_90a: plain sm_90 does not assemble wgmma
+PTX_ARCH = "80"  # embedded as PTX, for every GPU without an image of its own
+
+
+class BuildError(RuntimeError):
+    """The build cannot start; the message says what is missing."""
+
+
+# --- tools ---------------------------------------------------------------------------------------------------------
+
+
+def find_cxx() -> str | None:
+    """The C++ compiler: $CXX, else g++, else c++."""
+    return shutil.which(os.environ.get("CXX") or "g++") or (None if os.environ.get("CXX") else shutil.which("c++"))
+
+
+def find_nvcc() -> str | None:
+    """nvcc, or None for a CPU-only build. COBRA_KERNELS_BUILD_CUDA=0 forces None, =1 makes its absence an error."""
+    wanted = os.environ.get("COBRA_KERNELS_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise BuildError(f"COBRA_KERNELS_BUILD_CUDA is {wanted!r}, expected 0 or 1")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else None
+    nvcc = nvcc or shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        raise BuildError("COBRA_KERNELS_BUILD_CUDA=1 but nvcc is neither in $CUDA_HOME/bin nor on PATH")
+    return nvcc
+
+
+def find_ninja() -> list[str]:
+    """ninja from PATH, else the one of the `ninja` Python package."""
+    ninja = shutil.which("ninja")
+    if ninja:
+        return [ninja]
+    try:
+        import ninja as package
+    except ImportError:
+        raise BuildError("ninja not found: pip install ninja") from None
+    return [str(Path(package.BIN_DIR) / "ninja")]
+
+
+def cuda_archs() -> list[str]:
+    """Architectures to build images for: TORCH_CUDA_ARCH_LIST, else the GPU present, else one Ampere and one Hopper."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if listed:
+        archs = [a.removesuffix("+PTX").replace(".", "") for a in listed]
+        return list(dict.fromkeys("90a" if a == "90" else a for a in archs))
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        caps = sorted({line.strip().replace(".", "") for line in found.stdout.splitlines() if line.strip()})
+        if found.returncode == 0 and caps:
+            return ["90a" if c == "90" else c for c in caps]
+    return ["80", "90a"]
+
+
+def gencode(archs: list[str]) -> list[str]:
+    """nvcc flags for the images of `archs` plus PTX for everything else."""
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+    return flags + [f"-gencode=arch=compute_{PTX_ARCH},code=compute_{PTX_ARCH}"]
+
+
+# --- ninja ---------------------------------------------------------------------------------------------------------
+
+
+class Ninja:
+    """A build.ninja in build/<target>/, with one compile rule per tool, depfiles, and a link at the end."""
+
+    def __init__(self, target: str) -> None:
+        self.folder = ROOT / "build" / target
+        self.lines = ["ninja_required_version = 1.3", f"builddir = {self.folder}", ""]
+        self.rules: set[str] = set()
+
+    def _rule(self, name: str, command: str, *, depfile: bool = True) -> None:
+        if name in self.rules:
+            return
+        self.rules.add(name)
+        self.lines += [f"rule {name}", f"  command = {command}", "  description = $what"]
+        self.lines += ["  depfile = $out.d", "  deps = gcc", ""] if depfile else [""]
+
+    @staticmethod
+    def _quote(words: list[str]) -> str:
+        return " ".join(f"'{w}'" if any(c in w for c in " ();\"<>&") else w for w in words).replace("$", "$$")
+
+    def compile(self, source: Path, tool: str, flags: list[str], suffix: str = "") -> Path:
+        """One object. `suffix` tells apart several objects of one source; `x.cpp` and `x.cu` never share a name."""
+        compiler = "nvcc" if Path(tool).name.startswith("nvcc") else "cxx"
+        self._rule(compiler, f"{tool} $flags -MD -MF $out.d -c $in -o $out")
+        relative = source.relative_to(CSRC)
+        obj = self.folder / "obj" / relative.parent / f"{relative.name}{'.' + suffix if suffix else ''}.o"
+        what = f"{relative} {suffix}".strip()
+        self.lines += [f"build {obj}: {compiler} {source}", f"  flags = {self._quote(flags)}", f"  what = {what}", ""]
+        return obj
+
+    def link(self, output: Path, tool: str, objects: list[Path], flags: list[str]) -> None:
+        """A shared object from `objects`."""
+        self._rule("link", f"{tool} -shared -o $out $in $flags", depfile=False)
+        inputs = " ".join(str(o) for o in objects)
+        self.lines += [f"build {output}: link {inputs}", f"  flags = {self._quote(flags)}", f"  what = {output.name}", ""]
+
+    def run(self) -> None:
+        """Writes build.ninja and compile_commands.json, then builds with at most MAX_JOBS processes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = "\n".join(self.lines)
+        path = self.folder / "build.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        ninja = [*find_ninja(), "-f", str(path)]
+        database = subprocess.run([*ninja, "-t", "compdb"], capture_output=True, text=True, check=False).stdout
+        (self.folder / "compile_commands.json").write_text(database)
+        jobs = os.environ.get("MAX_JOBS")
+        with open(self.folder / ".lock", "w") as lock:  # two builds of one folder take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            subprocess.run([*ninja, *(["-j", jobs] if jobs else [])], check=True, cwd=ROOT)
+
+
+# --- sources -------------------------------------------------------------------------------------------------------
+
+
+def cpu_kernel_objects(ninja: Ninja, cxx: str, extra: list[str] | None = None) -> list[Path]:
+    """Every <op>/<op>_cpu.cpp once per instruction-set level, and the level switch. No torch header, usable anywhere."""
+    flags = [*CXX_FLAGS, f"-I{CSRC}", *(extra or [])]
+    objects = [ninja.compile(CSRC / "common" / "cpu_level.cpp", cxx, flags)]
+    for source in sorted(CSRC.glob("*/*_cpu.cpp")):
+        for level in LEVELS:
+            level_flags = [*KERNEL_FLAGS, f"-DCOBRA_LEVEL={level}", *LEVEL_FLAGS[level]]
+            objects.append(ninja.compile(source, cxx, [*flags, *level_flags], suffix=level))
+    return objects
+
+
+def build_extension(output: Path = EXTENSION) -> str:
+    """Builds the torch extension into `output` and returns one line that says what it holds."""
+    import torch
+    from torch.utils.cpp_extension import include_paths, library_paths
+
+    cxx, nvcc = find_cxx(), find_nvcc()
+    if cxx is None:
+        raise BuildError("no C++ compiler found (g++, c++ or $CXX)")
+    torch_version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if torch_version < (2, 11):
+        raise BuildError(f"torch {torch.__version__} found, 2.11 or later is needed")
+
+    ninja = Ninja("ext")
+    objects = cpu_kernel_objects(ninja, cxx)
+    archs = cuda_archs() if nvcc else []
+    images = " ".join([f"sm_{a}" for a in archs] + ([f"compute_{PTX_ARCH}"] if archs else []))
+    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-DTORCH_STABLE_ONLY"]
+    if nvcc:
+        defines += ["-DCOBRA_WITH_CUDA", f"-DCOBRA_CUDA_IMAGES=\"{images}\""]
+    binding_flags = [*CXX_FLAGS, *defines, f"-I{CSRC}", *(f"-isystem{p}" for p in include_paths())]
+    if nvcc:
+        binding_flags.append(f"-isystem{Path(nvcc).resolve().parents[1] / 'include'}")
+    for source in sorted(CSRC.glob("*/*_binding.cpp")):
+        objects.append(ninja.compile(source, cxx, binding_flags))
+    if nvcc:
+        for source in sorted(CSRC.glob("*/*_cuda*.cu")):
+            objects.append(ninja.compile(source, nvcc, [*NVCC_FLAGS, *gencode(archs), f"-I{CSRC}"]))
+
+    link = [*(f"-L{p}" for p in library_paths()), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
+    if nvcc:
+        cuda_lib = Path(nvcc).resolve().parents[1] / "lib64"
+        link += [f"-L{cuda_lib}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    link += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    ninja.link(output, cxx, objects, link)
+    ninja.run()
+    if nvcc:
+        return f"cobra_kernels: built for CPU ({', '.join(LEVELS)}) and CUDA ({images})"
+    why = "COBRA_KERNELS_BUILD_CUDA=0" if os.environ.get("COBRA_KERNELS_BUILD_CUDA") == "0" else "nvcc not found"
+    return f"cobra_kernels: built for CPU ({', '.join(LEVELS)}) only; CUDA kernels left out: {why}"
+
+
+TARGETS = {"ext": build_extension}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Builds the targets named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="+", choices=sorted(TARGETS))
+    for target in parser.parse_args(argv).target:
+        try:
+            message = TARGETS[target]()
+        except BuildError as error:
+            print(f"build: {error}", file=sys.stderr)
+            return 1
+        except subprocess.CalledProcessError as error:
+            return error.returncode
+        if message:
+            print(message)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
