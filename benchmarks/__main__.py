@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "room":
         if args.op not in benches():
             p.error(f"room: {args.op!r} has no bench; there are {', '.join(benches())}")
-        return run_one(args.op, ["--quick", "--device", args.device, "--seconds", "0.25", *rest], quiet=False)[0]
+        return run_one(args.op, ["--quick", "--device", args.device, "--seconds", "0.15", *rest], quiet=False)[0]
     unknown = sorted(set(args.only or []) - set(benches()))
     if unknown:
         p.error(f"--only: {', '.join(unknown)} has no bench; there are {', '.join(benches())}")

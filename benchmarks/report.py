@@ -467,8 +467,7 @@ RECORD_HEADS = ["mode", "dtype", "shape", "provider", "median", "p20 .. p80", "G
 def record_row(r: store.Record) -> list[str]:
     e = r.environment
     return [
-        r.mode, r.dtype, f"{r.shape} ({', '.join(f'{k} {v}' for k, v in r.dims.items())})", r.provider, seconds_text(r.median),
-        f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}", figures(r.gbps) if r.bytes else "-",
+        r.mode, r.dtype, r.title, r.provider, seconds_text(r.median), f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}", figures(r.gbps) if r.bytes else "-",
         f"{r.fraction:.0%} {r.roof}" if r.fraction is not None else "-", r.cache, e["date"][:10],
         f"{e['commit']}{'+' if e['dirty'] else ''}",
     ]  # fmt: skip

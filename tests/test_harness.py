@@ -232,3 +232,37 @@ def test_case_selection():
 def test_harness_imports_neither_cobra_nor_a_backend():
     code = "import sys, benchmarks.harness; sys.exit(any(m.split('.')[0] in ('cobra', 'triton') for m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, check=False).returncode == 0
+
+
+def test_exp_floor_counts_what_it_computes():
+    from benchmarks import roofline
+    from cobra_kernels import extension
+
+    if extension.absence() is not None:
+        pytest.skip(f"csrc/roof needs the extension: {extension.absence()}")
+    run = roofline.exp2_floor()
+    assert run(roofline.EXP_BLOCKS) == roofline.EXP_COUNT
+    one = measure([Provider("one", lambda: run(64)), Provider("four", lambda: run(256))], seconds=0.05)
+    assert compare(one["four"], one["one"]).median > 2  # work grows with the count: nothing was optimised away
+
+
+def test_roof_fraction_comes_from_paired_rounds():
+    from benchmarks import roofline
+
+    roof = roofline.Roof("matmul", 0.5, [Provider("roof matmul", lambda: None)])
+    op, peak = a_timing([4.0] * 9, "op"), a_timing([2.0] * 9, "roof matmul")
+    assert roof.judge(op, {"roof matmul": peak, "op": op}) == (1.0, 0.25)
+    assert roofline.roof_for("", Cost(1)).judge(op, {}) == (None, None)
+    assert roofline.roof_for("matmul", Cost(0, flops=4 * roofline.MATMUL_SIZE**3)).scale == 2
+    with pytest.raises(ValueError, match="expected one of"):
+        roofline.roof_for("datasheet", Cost(1))
+
+
+def test_command_line_lists_benches_and_refuses_strangers(capsys):
+    from benchmarks.__main__ import main
+
+    assert main(["list"]) == 0
+    assert {"rms_norm", "overhead"} <= set(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main(["room", "no_such_room"])
+    assert "'no_such_room' has no bench" in capsys.readouterr().err

@@ -46,6 +46,7 @@ class Case:
     make_inputs: Callable[[int], tuple]
     providers: Sequence[Provider]
     cache: str = "cold"
+    goal: float | None = None  # seconds; in place of a roof, for what is not bound by bytes or arithmetic
     quick: bool = False
     check: bool = True
 
@@ -72,7 +73,7 @@ def backend_providers(op: str, call: Callable[..., Any], names: Iterable[str] = 
     def bound(name: str) -> Callable[..., Any]:
         return lambda *inputs: call(*inputs, backend=name)
 
-    return [Provider(name, bound(name)) for name in names if have[name].available]
+    return [Provider(name, bound(name)) for name in names if have[name] is None]
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -165,11 +166,11 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
             continue
         timing = timings[provider.name]
         timing.first_call = first_calls[provider.name]
-        roof_seconds, fraction = roof.judge(timing, timings)
+        roof_seconds, fraction = roof.judge(timing, timings) if case.goal is None else (case.goal, case.goal / timing.median)
         bench.records.append(
             Record.of(
                 timing, op=op, mode=case.mode, dtype=case.dtype, shape=case.shape, dims=case.dims, bytes=case.cost.bytes,
-                flops=case.cost.flops, exps=case.cost.exps, roof=case.roof, roof_seconds=roof_seconds, fraction=fraction,
+                flops=case.cost.flops, exps=case.cost.exps, roof=case.roof if case.goal is None else "goal", roof_seconds=roof_seconds, fraction=fraction,
                 environment=environment,
             )
         )  # fmt: skip
@@ -178,7 +179,7 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
 def rows_of(records: Sequence[Record], last: dict[tuple, Record]) -> list[list[str]]:
     rows, previous = [], None
     for r in records:
-        head = [r.mode, r.dtype, f"{r.shape} ({', '.join(f'{k} {v}' for k, v in r.dims.items())})"]
+        head = [r.mode, r.dtype, r.title]
         old = last.get(r.key)
         rows.append(
             [
@@ -187,8 +188,8 @@ def rows_of(records: Sequence[Record], last: dict[tuple, Record]) -> list[list[s
                 seconds_text(r.median),
                 f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}",
                 seconds_text(r.first_call),
-                bytes_text(r.bytes),
-                figures(r.gbps),
+                bytes_text(r.bytes) if r.bytes else "-",
+                figures(r.gbps) if r.bytes else "-",
                 f"{r.fraction:.0%} {r.roof}" if r.fraction is not None else "-",
                 f"{r.median / old.median:.2f}x" if old else "-",
                 r.cache + (" *" if r.note else ""),

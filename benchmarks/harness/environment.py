@@ -56,7 +56,10 @@ def cpu_flags() -> set[str]:
 
 
 def cpu_level() -> str:
-    """The instruction-set level that the CPU kernels run at: forced by COBRA_KERNELS_CPU_LEVEL, else the best this CPU has."""
+    """The instruction-set level that the CPU kernels run at: what the loaded kernels say; before that what they will pick."""
+    extension = sys.modules.get("cobra_kernels.extension")
+    if extension is not None and extension.cpu_level():
+        return extension.cpu_level()
     forced = os.environ.get("COBRA_KERNELS_CPU_LEVEL")
     if forced:
         return forced

@@ -36,7 +36,7 @@ class Record:
     bytes: int
     flops: int
     exps: int
-    roof: str  # "copy", "read", "matmul", "exp", or "" when no roof applies
+    roof: str  # "copy", "read", "matmul", "exp", "goal" (a promised time), or "" when none applies
     roof_seconds: float | None
     fraction: float | None  # roof_seconds / median, from the rounds both ran in
     note: str
@@ -47,6 +47,12 @@ class Record:
     def key(self) -> tuple:
         """What must agree before two records may be compared."""
         return self.op, self.mode, self.provider, self.dtype, self.shape, tuple(sorted(self.dims.items())), self.cache
+
+    @property
+    def title(self) -> str:
+        """The shape with its sizes: "cobra-3b-image (rows 800, dim 2560)"."""
+        sizes = ", ".join(f"{k} {v}" for k, v in self.dims.items())
+        return f"{self.shape} ({sizes})" if sizes else self.shape
 
     @property
     def gbps(self) -> float:

@@ -30,7 +30,7 @@ def cost(rows: int, dim: int, dtype: torch.dtype, mode: str) -> Cost:
     forward = elements * (x + r + r + x) + dim * x  # x, residual, sum, y; weight
     if mode == "fwd":
         return Cost(bytes=forward, flops=5 * elements)
-    backward = elements * (x + r + r + x + r) + 2 * dim * x  # dy, dsum, sum (recomputed or saved), dx, dresidual; weight, dweight
+    backward = elements * (x + r + r + x + r) + 2 * dim * x  # dy, dsum, sum, dx, dresidual; weight, dweight
     return Cost(bytes=forward + backward, flops=16 * elements)
 
 
@@ -41,7 +41,8 @@ def make_inputs(rows: int, dim: int, dtype: torch.dtype, device: str, requires_g
     weight = torch.rand(dim, generator=generator, device=device).add_(0.5).to(dtype)
     inputs = [t.requires_grad_(requires_grad) for t in (x, weight, residual)]
     if requires_grad:  # incoming gradients of y and of the sum
-        inputs += [torch.randn(rows, dim, generator=generator, device=device).to(dtype), torch.randn_like(residual)]
+        dy, ds = torch.randn(2, rows, dim, generator=generator, device=device)
+        inputs += [dy.to(dtype), ds]
     return tuple(inputs)
 
 
