@@ -263,7 +263,6 @@ def demo_tables(r: dict) -> dict[str, str]:
     parts = [*STAGES[:2], "language", "total"]
     size = [
         *[[f"parameters, {p}", *(f"{m[n]['parameters'][p] / 1e6:.2f} M" for n in ORDER)] for p in parts],
-        ["of these, in blocks that never run", *(f"{m[n]['unused_parameters'] / 1e6:.2f} M" for n in ORDER)],
         ["image", *(f"{m[n]['image_size']} px, {m[n]['image_tokens']} tokens" for n in ORDER)],
         ["decode runs", *(m[n]["decode_mode"] for n in ORDER)],
     ]

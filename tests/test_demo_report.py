@@ -33,7 +33,7 @@ CANNED = {
     "models": {
         name: {
             "short": short, "label": label, "settings": "as shipped", "decode_mode": "eager", "image_tokens": tokens,
-            "image_size": 384, "unused_parameters": 0,
+            "image_size": 384,
             "parameters": {"vision": 40e6, "projector": 5e6, "language": 130e6, "total": total},
         }
         for name, short, label, tokens, total in (

@@ -67,7 +67,6 @@ class Llava:
     label = "LLaVA-shaped Transformer"
     short = "Transformer"
     image_size = IMAGE_SIZE
-    unused_parameters = 0
     settings = (
         "SDPA, prefill with the causal kernel, static cache exactly as long as needed, decode eager or compiled, "
         "whichever is faster here; no vision block whose output is thrown away"

@@ -33,7 +33,7 @@ ORDER = report.ORDER
 
 
 class Progress:
-    """One line per step on stderr-like plain text, with the time since the start."""
+    """One line per step, with the time since the start."""
 
     def __init__(self) -> None:
         self.start = time.monotonic()
@@ -94,11 +94,6 @@ class Cobra:
     def parameters(self) -> dict[str, int]:
         parts = {"vision": self.model.vision, "projector": self.model.projector, "language": self.model.llm}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
-
-    @property
-    def unused_parameters(self) -> int:
-        """In blocks behind the one whose output is read: the checkpoints have them, a forward never runs them."""
-        return 0
 
     def preprocess(self, image: Image.Image):
         return self.model.preprocess(image)
@@ -305,7 +300,7 @@ def describe(subject) -> dict:
     parameters = subject.parameters
     return {
         "label": subject.label, "short": subject.short, "settings": subject.settings, "decode_mode": subject.decode_mode,
-        "parameters": {**parameters, "total": sum(parameters.values())}, "unused_parameters": subject.unused_parameters,
+        "parameters": {**parameters, "total": sum(parameters.values())},
         "image_tokens": subject.image_tokens, "image_size": subject.image_size,
     }  # fmt: skip
 
@@ -319,12 +314,11 @@ def build(preset: str, seed: int, say: Progress) -> dict:
     say(f"building {preset} with random weights ...")
     cobra = Cobra(preset, seed)
     sizes = cobra.parameters
-    used_vision = sizes["vision"] - cobra.unused_parameters
-    say(f"building a LLaVA-shaped Transformer of {(sum(sizes.values()) - cobra.unused_parameters) / 1e6:.0f} M parameters ...")
+    say(f"building a LLaVA-shaped Transformer of {sum(sizes.values()) / 1e6:.0f} M parameters ...")
     # The projectors differ by design (one tower against two); what LLaVA's lacks goes to its language model.
     d_model = cobra.model.llm.config.d_model
     language = sizes["language"] + sizes["projector"] - 512 * d_model - d_model**2 - 2 * d_model
-    return {"cobra": cobra, "llava": Llava(llava_config(used_vision, language, d_model), seed)}
+    return {"cobra": cobra, "llava": Llava(llava_config(sizes["vision"], language, d_model), seed)}
 
 
 def run(args: argparse.Namespace) -> dict:
