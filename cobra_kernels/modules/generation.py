@@ -1,7 +1,8 @@
 """Token by token: `stream_tokens` yields them as they come, `generate` collects them.
 
-Both take any model with `prefill(prompt, state, lengths=, attention_mask=) -> (logits, state)`, `decode(tokens, state, rows=)`
-and `config.vocab_size`. Rows that have stopped leave the batch: the ones still running cost what they would alone.
+Both take any model with `prefill(prompt, state, lengths=, attention_mask=) -> (logits, state)`, `decode(tokens, state,
+rows=)` and `config.vocab_size`. Rows that have stopped leave the batch: the ones still running cost what they would
+alone.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cobra_kernels import errors
 from cobra_kernels.modules.mamba import MambaState
-from cobra_kernels.modules.sampling import Sampling, sample, seen_tokens
+from cobra_kernels.modules.sampling import GREEDY, Sampling, sample, seen_tokens
 
 FINISHED = -1  # in place of a token, for a row that has stopped
 
@@ -32,7 +33,7 @@ def stream_tokens(
     prompt: Tensor,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_token_ids: Sequence[int] = (),
     state: MambaState | None = None,
     lengths: Tensor | Sequence[int] | None = None,
@@ -41,14 +42,14 @@ def stream_tokens(
     vocab_size: int | None = None,
     seed: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the next tokens (batch,) int64, -1 for rows that have stopped, until all have or max_new_tokens were yielded.
+    """Yield the next tokens (batch,) int64, -1 for rows that have stopped; at most max_new_tokens times.
 
-    prompt: ids (batch, seqlen) int or embeddings (batch, seqlen, d_model); padded rows with lengths (batch,) or attention_mask
-        (batch, seqlen). It is read when the first token is asked for.
+    prompt: ids (batch, seqlen) int or embeddings (batch, seqlen, d_model); padded rows with lengths (batch,) or
+        attention_mask (batch, seqlen). It is read when the first token is asked for.
     stop_token_ids: a row stops after yielding one of these.
-    state: continued from and **written in place**; None: a new one. A row's state has read its prompt and its tokens but the
-        last: begin the next prompt with that one.
-    prompt_ids: (batch, n) int, negative ignored, that repetition_penalty counts as seen; None: the prompt, if it is ids.
+    state: continued from and **written in place**; None: a new one. A row's state has read its prompt and its tokens
+        but the last: begin the next prompt with that one.
+    prompt_ids: (batch, n) int, negative ignored, that repetition_penalty counts as seen; None: the prompt, if ids.
     vocab_size: tokens that can be drawn, `model.config.vocab_size` if None; the padded rest never is.
     seed: of the draws. A row's draws do not depend on when other rows stop. None: torch's default generator.
 
@@ -62,8 +63,8 @@ def stream_tokens(
     for token in stop_token_ids:
         if type(token) is not int or not 0 <= token < vocab_size:
             raise errors.ArgumentError(
-                f"generate: stop_token_ids has {token!r}, expected ints in 0..{vocab_size - 1}; vocab_size={vocab_size} comes "
-                "from the argument or the model's config"
+                f"generate: stop_token_ids has {token!r}, expected ints in 0..{vocab_size - 1}; vocab_size "
+                "comes from the argument or the model's config"
             )
     is_ids = not prompt.is_floating_point()
     if prompt_ids is None and is_ids:
@@ -76,14 +77,11 @@ def stream_tokens(
             prompt_ids = prompt
     if prompt_ids is not None and (prompt_ids.dim() != 2 or prompt_ids.shape[0] != prompt.shape[0]):
         raise errors.ShapeError(
-            f"generate: prompt_ids has shape {tuple(prompt_ids.shape)}, expected (batch={prompt.shape[0]}, n); batch comes from "
-            "prompt"
+            f"generate: prompt_ids has shape {tuple(prompt_ids.shape)}, expected (batch={prompt.shape[0]}, n); batch comes from prompt"
         )
     generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
     padding = {"lengths": lengths, "attention_mask": attention_mask}
-    return _stream(
-        model, prompt, state, padding, sampling, max_new_tokens, list(stop_token_ids), prompt_ids, vocab_size, generator
-    )
+    return _stream(model, prompt, state, padding, sampling, max_new_tokens, list(stop_token_ids), prompt_ids, vocab_size, generator)
 
 
 @torch.no_grad()
@@ -120,8 +118,8 @@ def _stream(model, prompt, state, padding, sampling, max_new_tokens, stop_token_
 def generate(model, prompt: Tensor, *, state: MambaState | None = None, streamer=None, **options) -> Generation:
     """Generate to the end; options are those of `stream_tokens`.
 
-    streamer: any object with `put(tokens)` and `end()`, such as transformers' TextStreamer. It is given the prompt's ids first
-        (none for embeddings), then the tokens (batch,) of each step, on the CPU.
+    streamer: any object with `put(tokens)` and `end()`, such as transformers' TextStreamer. It is given the prompt's
+        ids first (none for embeddings), then the tokens (batch,) of each step, on the CPU.
     """
     is_ids = not prompt.is_floating_point()
     batch = prompt.shape[0]

@@ -1,4 +1,4 @@
-"""The Mamba language model: embedding -> blocks -> norm -> head, with `prefill` and `decode` as its only two inference paths.
+"""The Mamba language model: embedding -> blocks -> norm -> head. `prefill` and `decode` are its only inference paths.
 
     logits, state = model.prefill(prompt)              # ids (batch, seqlen) or embeddings (batch, seqlen, d_model)
     logits = model.decode(tokens, state)               # tokens (batch,), one more each
@@ -65,24 +65,18 @@ class MambaConfig:
             if type(value) is not bool:
                 raise errors.ArgumentError(f"MambaConfig: {name} has {value!r}, expected a bool")
         if not isinstance(self.norm_epsilon, (int, float)) or not 0 <= self.norm_epsilon < 1:
-            raise errors.ArgumentError(
-                f"MambaConfig: norm_epsilon has {self.norm_epsilon!r}, expected a float in [0, 1)"
-            )
+            raise errors.ArgumentError(f"MambaConfig: norm_epsilon has {self.norm_epsilon!r}, expected a float in [0, 1)")
         if not isinstance(self.ssm_cfg, Mapping):
             raise errors.ArgumentError(f"MambaConfig: ssm_cfg has {self.ssm_cfg!r}, expected a dict")
         for key, value in self.ssm_cfg.items():
             if key not in _SSM_KEYS:
-                raise errors.ArgumentError(
-                    f"MambaConfig: ssm_cfg has the key {key!r}, expected one of {', '.join(_SSM_KEYS)}"
-                )
+                raise errors.ArgumentError(f"MambaConfig: ssm_cfg has the key {key!r}, expected one of {', '.join(_SSM_KEYS)}")
             kind = _SSM_KEYS[key]
             is_kind = isinstance(value, (int, float) if kind is float else kind)
             if not is_kind or (isinstance(value, bool) and kind is not bool):
                 raise errors.ArgumentError(f"MambaConfig: ssm_cfg[{key!r}] has {value!r}, expected {kind}")
             if type(value) is int and value < 1 or type(value) is float and not (0 < value < math.inf):
-                raise errors.ArgumentError(
-                    f"MambaConfig: ssm_cfg[{key!r}] has {value!r}, expected a finite value above 0"
-                )
+                raise errors.ArgumentError(f"MambaConfig: ssm_cfg[{key!r}] has {value!r}, expected a finite value above 0")
             if key == "dt_rank" and isinstance(value, str) and value != "auto":
                 raise errors.ArgumentError(f"MambaConfig: ssm_cfg['dt_rank'] has {value!r}, expected an int or 'auto'")
 
@@ -93,13 +87,11 @@ class MambaConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MambaConfig:
-        """Read a mamba_ssm `config.json`. Keys that are not ours are refused, unless they say that Mamba-1 is all there is."""
+        """Read a mamba_ssm `config.json`. Foreign keys are refused, unless they say that Mamba-1 is all there is."""
         values = dict(values)
         for key in ("d_intermediate", "attn_layer_idx", "attn_cfg"):
             if values.pop(key, None):
-                raise errors.ArgumentError(
-                    f"MambaConfig: {key} is set, expected nothing: only pure Mamba-1 models are built"
-                )
+                raise errors.ArgumentError(f"MambaConfig: {key} is set, expected nothing: only pure Mamba-1 models are built")
         ssm_cfg = dict(values.get("ssm_cfg") or {})
         layer = ssm_cfg.pop("layer", "Mamba1")
         if layer != "Mamba1":
@@ -107,9 +99,7 @@ class MambaConfig:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise errors.ArgumentError(
-                f"MambaConfig: has the keys {', '.join(unknown)}, expected only {', '.join(known)}"
-            )
+            raise errors.ArgumentError(f"MambaConfig: has the keys {', '.join(unknown)}, expected only {', '.join(known)}")
         return cls(**{**values, "ssm_cfg": ssm_cfg})
 
 
@@ -137,7 +127,7 @@ def _init_weights(
     rescale_prenorm_residual: bool = True,
     n_residuals_per_layer: int = 1,
 ) -> None:
-    """Initialise one module, for `Module.apply`. Each residual branch starts 1/sqrt(their number) smaller, as in GPT-2."""
+    """Initialise one module, for `Module.apply`. Residual branches start 1/sqrt(their number) smaller, as in GPT-2."""
     if isinstance(module, nn.Linear):
         if module.bias is not None and not getattr(module.bias, "_no_reinit", False):
             nn.init.zeros_(module.bias)
@@ -165,11 +155,8 @@ class MixerModel(nn.Module):
         self.apply(partial(_init_weights, n_layer=config.n_layer, **(initializer_cfg or {})))
 
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype=None, **kwargs) -> dict:
-        """{layer: (conv_state, ssm_state)}, as mamba_ssm keeps them; `allocate_state` of the LM is the same as one object."""
-        return {
-            i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
-            for i, layer in enumerate(self.layers)
-        }
+        """{layer: (conv_state, ssm_state)}, as mamba_ssm keeps them; `allocate_state` is the same as one object."""
+        return {i: layer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs) for i, layer in enumerate(self.layers)}
 
     def forward(
         self,
@@ -186,9 +173,7 @@ class MixerModel(nn.Module):
         state, **written in place**, cu_seqlens and state_indices: as in `Mamba.forward`, for all layers.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise errors.ArgumentError(
-                "MixerModel: input_ids and inputs_embeds are both given or both None, expected one of them"
-            )
+            raise errors.ArgumentError("MixerModel: input_ids and inputs_embeds are both given or both None, expected one of them")
         if state is not None and len(state) != len(self.layers):
             raise errors.ShapeError(f"MixerModel: state has {len(state)} layers, expected n_layer={len(self.layers)}")
         hidden_states, residual = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds, None
@@ -201,9 +186,7 @@ class MixerModel(nn.Module):
                 cu_seqlens=cu_seqlens,
                 state_indices=state_indices,
             )
-        return add_norm(
-            self.norm_f, hidden_states, residual, fused=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32
-        )[0]
+        return add_norm(self.norm_f, hidden_states, residual, fused=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32)[0]
 
 
 class MambaLMHeadModel(nn.Module):
@@ -228,10 +211,8 @@ class MambaLMHeadModel(nn.Module):
     def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype=None, **kwargs) -> dict:
         return self.backbone.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
-    def allocate_state(
-        self, batch_size: int, dtype: torch.dtype | None = None, *, ssm_dtype: torch.dtype | None = None
-    ) -> MambaState:
-        """The state before the first token: zeros. dtype: of the activations (the weights' if None); ssm_dtype: fp32 if None."""
+    def allocate_state(self, batch_size: int, dtype: torch.dtype | None = None, *, ssm_dtype: torch.dtype | None = None) -> MambaState:
+        """The state before the first token, zeros. dtype: of activations, None: the weights'; ssm_dtype: None: fp32."""
         layers = self.allocate_inference_cache(batch_size, dtype=dtype, ssm_dtype=ssm_dtype)
         conv, ssm = zip(*layers.values())
         return MambaState(list(conv), list(ssm))
@@ -247,14 +228,13 @@ class MambaLMHeadModel(nn.Module):
         state: MambaState | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> CausalLMOutput:
-        """input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, d_model) -> logits of every position, or the last few.
+        """input_ids (batch, seqlen) or inputs_embeds (batch, seqlen, d_model) -> logits of every position, or the last
+        few.
 
         position_ids is mamba_ssm's argument, and unused there too: a recurrence knows its position. state, **written in
         place**, and cu_seqlens: as in `Mamba.forward`.
         """
-        hidden_states = self.backbone(
-            input_ids, inference_params, inputs_embeds=inputs_embeds, state=state, cu_seqlens=cu_seqlens
-        )
+        hidden_states = self.backbone(input_ids, inference_params, inputs_embeds=inputs_embeds, state=state, cu_seqlens=cu_seqlens)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
         return CausalLMOutput(self.lm_head(hidden_states))
@@ -272,23 +252,21 @@ class MambaLMHeadModel(nn.Module):
 
         prompt: ids (batch, seqlen) int, or embeddings (batch, seqlen, d_model); seqlen >= 1.
         state: what was read before, continued from and **written in place**; None: a new one, of zeros.
-        lengths: (batch,) tokens of each row, the rest of the row is padding. attention_mask: (batch, seqlen), 0 or False where
-            padding is, on either side. A padded batch is packed: padding costs nothing and reaches nothing, and every row ends
-            as if it had been alone.
+        lengths: (batch,) tokens of each row, the rest of the row is padding. attention_mask: (batch, seqlen), 0 or
+            False where padding is, on either side. A padded batch is packed: padding costs nothing and reaches nothing,
+            and every row ends as if it had been alone.
         """
         is_ids = not prompt.is_floating_point()
         if prompt.dim() != (2 if is_ids else 3):
             raise errors.ShapeError(
-                f"prefill: prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}, expected ids (batch, seqlen) or "
-                "embeddings (batch, seqlen, d_model)"
+                f"prefill: prompt has shape {tuple(prompt.shape)} and dtype {prompt.dtype}, expected ids "
+                "(batch, seqlen) or embeddings (batch, seqlen, d_model)"
             )
-        batch, seqlen = prompt.shape[:2]
+        batch = prompt.shape[0]
         if state is None:
             state = self.allocate_state(batch, None if is_ids else prompt.dtype)
         elif state.batch_size != batch:
-            raise errors.ShapeError(
-                f"prefill: state has batch {state.batch_size}, expected batch={batch}; batch comes from the prompt"
-            )
+            raise errors.ShapeError(f"prefill: state has batch {state.batch_size}, expected batch={batch}; batch comes from the prompt")
         mask = _padding_mask(prompt, lengths, attention_mask)
         cu_seqlens, last = None, -1
         if mask is not None:
@@ -302,9 +280,11 @@ class MambaLMHeadModel(nn.Module):
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, state: MambaState, *, rows: Tensor | None = None) -> Tensor:
-        """Read one more token a row: input_ids (batch,) int -> logits (batch, padded vocab). `state` is **written in place**.
+        """Read one more token a row: input_ids (batch,) int -> logits (batch, padded vocab); writes `state` **in
+        place**.
 
-        rows: (batch,) int, the rows of the state that the tokens belong to, each at most once; negative is padding. None: all.
+        rows: (batch,) int, the rows of the state that the tokens belong to, each at most once; negative is padding.
+            None: all.
         """
         if input_ids.dim() != 1:
             raise errors.ShapeError(f"decode: input_ids has shape {tuple(input_ids.shape)}, expected (batch,)")
@@ -337,14 +317,12 @@ def _padding_mask(prompt: Tensor, lengths: Tensor | list[int] | None, attention_
     elif attention_mask is not None:
         if attention_mask.shape != (batch, seqlen):
             raise errors.ShapeError(
-                f"prefill: attention_mask has shape {tuple(attention_mask.shape)}, expected (batch={batch}, seqlen={seqlen}); "
-                "both come from the prompt"
+                f"prefill: attention_mask has shape {tuple(attention_mask.shape)}, expected (batch={batch}, "
+                f"seqlen={seqlen}); both come from the prompt"
             )
         mask = attention_mask.to(torch.bool)
         if not bool(mask.any(dim=1).all()):
-            raise errors.ArgumentError(
-                "prefill: attention_mask has a row of zeros alone, expected a token in every row"
-            )
+            raise errors.ArgumentError("prefill: attention_mask has a row of zeros alone, expected a token in every row")
     else:
         return None
     return None if bool(mask.all()) else mask

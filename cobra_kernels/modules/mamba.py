@@ -6,8 +6,9 @@
     y = selective_scan(x, dt_proj(dt), A, B, C) * silu(z)
     out = out_proj(y)                              # (batch, seqlen, d_model)
 
-Activations stay token-major, (batch, seqlen, channels): the projections want them so, and the convolution and the scan read
-their (batch, channels, seqlen) views in place, as channel-last. Nothing is transposed or copied between two projections.
+Activations stay token-major, (batch, seqlen, channels): the projections want them so, and the convolution and the scan
+read their (batch, channels, seqlen) views in place, as channel-last. Nothing is transposed or copied between two
+projections.
 
 Parameter names, shapes, order and initialisation are those of mamba_ssm's `Mamba`, so its checkpoints load unchanged.
 """
@@ -37,8 +38,8 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class MambaState:
     """All that a Mamba model remembers of what it has read: a fixed number of bytes, however long the text was.
 
-    conv: per layer (batch, d_inner, d_conv), the last d_conv inputs of the convolution, oldest first, zeros before the first
-    token; in the dtype of the activations. ssm: per layer (batch, d_inner, d_state), fp32 unless asked otherwise.
+    conv: per layer (batch, d_inner, d_conv), the last d_conv inputs of the convolution, oldest first, zeros before the
+    first token; in the dtype of the activations. ssm: per layer (batch, d_inner, d_state), fp32 unless asked otherwise.
     `prefill` and `decode` write both in place; `clone`, `expand` and `select` return memory of their own.
     """
 
@@ -90,9 +91,7 @@ class MambaState:
     def expand(self, batch_size: int) -> MambaState:
         """`batch_size` copies of a state of batch 1: many questions that start from one image."""
         if self.batch_size != 1:
-            raise errors.ShapeError(
-                f"MambaState.expand: the state has batch {self.batch_size}, expected 1; use select(rows)"
-            )
+            raise errors.ShapeError(f"MambaState.expand: the state has batch {self.batch_size}, expected 1; use select(rows)")
         return self._map(lambda t: t.expand(batch_size, -1, -1).clone(memory_format=torch.contiguous_format))
 
     def select(self, rows: Tensor | list[int]) -> MambaState:
@@ -107,7 +106,7 @@ class MambaState:
         *,
         ssm_dtype: torch.dtype | None = None,
     ) -> MambaState:
-        """Convert: `dtype` is for the convolution's part alone, `ssm_dtype` for the other (bf16 halves a kept image)."""
+        """Convert: `dtype` is for the convolution's part, `ssm_dtype` for the other (bf16 halves a kept image)."""
         return MambaState(
             [t.to(device=device, dtype=dtype) for t in self.conv],
             [t.to(device=device, dtype=ssm_dtype) for t in self.ssm],
@@ -115,11 +114,7 @@ class MambaState:
 
     def copy_(self, other: MambaState) -> MambaState:
         """Overwrite this state with `other`, in place; the shapes must agree, the dtypes need not."""
-        if (
-            len(other) != len(self)
-            or other.conv[0].shape != self.conv[0].shape
-            or other.ssm[0].shape != self.ssm[0].shape
-        ):
+        if len(other) != len(self) or other.conv[0].shape != self.conv[0].shape or other.ssm[0].shape != self.ssm[0].shape:
             raise errors.ShapeError(f"MambaState.copy_: other is {other!r}, expected the shape of {self!r}")
         for mine, theirs in zip((*self.conv, *self.ssm), (*other.conv, *other.ssm)):
             mine.copy_(theirs)
@@ -182,8 +177,8 @@ class RMSNorm(nn.Module):
 def _warn_half_precision(dtype: torch.dtype) -> None:
     # Cached: once a process and dtype, whatever the filters of `warnings` are and however many layers there are.
     warnings.warn(
-        f"Mamba: A_log, D or dt_proj.bias is {dtype}, expected torch.float32: the decay of the state is read from it and loses "
-        "accuracy. `.to()`, `.half()` and `.bfloat16()` of this module keep them; something else cast them, or loaded them so. "
+        f"Mamba: A_log, D or dt_proj.bias is {dtype}, expected torch.float32: the state decays by them and loses "
+        "accuracy. `.to()`, `.half()` and `.bfloat16()` of this module keep them fp32; something else cast them. "
         "Reload them in fp32, or say keep_fp32=False to have no warning.",
         stacklevel=4,
     )
@@ -192,8 +187,8 @@ def _warn_half_precision(dtype: torch.dtype) -> None:
 class Mamba(nn.Module):
     """One Mamba mixer. Constructor, parameters and initialisation as in mamba_ssm.
 
-    `A_log`, `D` and `dt_proj.bias` stay fp32 when the module is cast to a half type; `keep_fp32=False` lets them go along.
-    `use_fast_path` is accepted and changes nothing: there is one path here.
+    `A_log`, `D` and `dt_proj.bias` stay fp32 when the module is cast to a half type; `keep_fp32=False` lets them go
+    along. `use_fast_path` is accepted and changes nothing: there is one path here.
     """
 
     def __init__(
@@ -235,13 +230,11 @@ class Mamba(nn.Module):
 
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **factory)
         # Only weight and bias are used. padding is what makes the module's own forward causal, up to a tail to cut off.
-        self.conv1d = nn.Conv1d(
-            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory
-        )
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **factory)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **factory)
 
-        # dt = softplus(weight x + bias) starts log-uniform in dt_min .. dt_max, and keeps its variance through the weight.
+        # dt = softplus(weight x + bias) starts log-uniform in dt_min .. dt_max, and keeps its variance.
         dt_std = self.dt_rank**-0.5 * dt_scale
         if dt_init == "constant":
             nn.init.constant_(self.dt_proj.weight, dt_std)
@@ -274,8 +267,8 @@ class Mamba(nn.Module):
     ) -> Tensor:
         """Mix `hidden_states` (batch, seqlen, d_model) along time; returns the same shape and dtype.
 
-        state: (conv_state (batch, d_inner, d_conv), ssm_state (batch, d_inner, d_state)), continued from and **written in
-            place**; any number of new tokens. None: starts from zeros, keeps nothing.
+        state: (conv_state (batch, d_inner, d_conv), ssm_state (batch, d_inner, d_state)), continued from and **written
+            in place**; any number of new tokens. None: starts from zeros, keeps nothing.
         cu_seqlens: (num_seqs + 1,) int, batch 1: sequences packed end to end; the state then has num_seqs rows.
         state_indices: (batch,) int, one token a row: row b continues row state_indices[b] of the state, < 0 is padding.
         inference_params: the state as mamba_ssm passes it, instead of `state`.
@@ -299,9 +292,7 @@ class Mamba(nn.Module):
             if one_token and (state_indices is not None or not torch.is_grad_enabled()):
                 return self.step(hidden_states, *state, state_indices)[0]
         if state_indices is not None:
-            raise errors.ArgumentError(
-                f"Mamba: state_indices is given for seqlen={seqlen}, expected seqlen=1, a state and no cu_seqlens"
-            )
+            raise errors.ArgumentError(f"Mamba: state_indices is given for seqlen={seqlen}, expected seqlen=1, a state and no cu_seqlens")
 
         x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, seqlen), channel-last
         conv_state = ssm_state = None
@@ -343,10 +334,12 @@ class Mamba(nn.Module):
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_indices: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One token: hidden_states (batch, 1, d_model) -> (out (batch, 1, d_model), conv_state, ssm_state), both **in place**.
+        """One token: hidden_states (batch, 1, d_model) -> (out like it, conv_state, ssm_state), both **written in
+        place**.
 
-        conv_state (batch | pool, d_inner, d_conv), ssm_state (batch | pool, d_inner, d_state). state_indices (batch,) int: the
-        row of the pool that each batch row continues; negative is padding, which reads 0 and leaves the pool untouched.
+        conv_state (batch | pool, d_inner, d_conv), ssm_state (batch | pool, d_inner, d_state). state_indices (batch,)
+        int: the row of the pool that each batch row continues; negative is padding, which reads 0 and leaves the pool
+            untouched.
         """
         if hidden_states.dim() != 3 or hidden_states.shape[1] != 1:
             raise errors.ShapeError(
@@ -379,7 +372,7 @@ class Mamba(nn.Module):
         return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
 
     def A(self) -> Tensor:
-        """-exp(A_log) (d_inner, d_state), fp32 (fp64 for fp64); without gradients made once and kept until A_log changes.
+        """-exp(A_log) (d_inner, d_state), fp32 (fp64 for fp64); without gradients made once, kept until A_log changes.
 
         An edit through `A_log.data` leaves no trace that could be seen here: follow it with `.eval()` or `.train()`.
         """
@@ -497,15 +490,13 @@ def _last_inputs(conv_state: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Te
 
 
 class Block(nn.Module):
-    """Add, norm, mix: the residual stream is carried beside the hidden states, so that adding and norming are one kernel.
+    """Add, norm, mix: the residual stream runs beside the hidden states, so that adding and norming are one kernel.
 
-    `fused_add_norm` asks for that kernel, for RMSNorm and LayerNorm alike; without it the sum is rounded to the dtype of the
-    stream before the norm reads it. `residual_in_fp32` keeps the stream in fp32.
+    `fused_add_norm` asks for that kernel, for RMSNorm and LayerNorm alike; without it the sum is rounded to the dtype
+    of the stream before the norm reads it. `residual_in_fp32` keeps the stream in fp32.
     """
 
-    def __init__(
-        self, dim: int, mixer_cls, norm_cls=nn.LayerNorm, fused_add_norm: bool = False, residual_in_fp32: bool = False
-    ):
+    def __init__(self, dim: int, mixer_cls, norm_cls=nn.LayerNorm, fused_add_norm: bool = False, residual_in_fp32: bool = False):
         super().__init__()
         self.residual_in_fp32 = residual_in_fp32
         self.fused_add_norm = fused_add_norm
@@ -525,16 +516,12 @@ class Block(nn.Module):
         )
         return self.mixer(hidden_states, inference_params=inference_params, **mixer_kwargs), residual
 
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int = 0, dtype=None, **kwargs
-    ) -> tuple[Tensor, Tensor]:
+    def allocate_inference_cache(self, batch_size: int, max_seqlen: int = 0, dtype=None, **kwargs) -> tuple[Tensor, Tensor]:
         return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype, **kwargs)
 
 
-def add_norm(
-    norm: nn.Module, x: Tensor, residual: Tensor | None, *, fused: bool, residual_in_fp32: bool
-) -> tuple[Tensor, Tensor]:
-    """s = x + residual; returns (norm(s), s), s in the dtype of the residual stream. `norm` is an RMSNorm or a LayerNorm."""
+def add_norm(norm: nn.Module, x: Tensor, residual: Tensor | None, *, fused: bool, residual_in_fp32: bool) -> tuple[Tensor, Tensor]:
+    """s = x + residual; returns (norm(s), s), s in the dtype of the residual stream. `norm`: RMSNorm or LayerNorm."""
     if fused:
         is_rms_norm = isinstance(norm, RMSNorm)
         return rms_norm(x, norm.weight, norm.bias, residual, True, residual_in_fp32, norm.eps, is_rms_norm=is_rms_norm)

@@ -1,7 +1,7 @@
 """From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, in this order, then one draw.
 
-Each of the three filters keeps the tokens whose logit reaches a threshold, so all of them together are one comparison, batched,
-with no synchronisation. The best token always passes. Tokens equal to the last one kept are kept too.
+Each of the three filters keeps the tokens whose logit reaches a threshold, so all of them together are one comparison,
+batched, with no synchronisation. The best token always passes. Tokens equal to the last one kept are kept too.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ def _check(sampling: Sampling, name: str, expected: str, accepts) -> None:
         raise errors.ArgumentError(f"Sampling: {name} has {value!r}, expected {expected}")
 
 
+GREEDY = Sampling()
+
+
 def sample(
     logits: Tensor,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     *,
     seen: Tensor | None = None,
     uniform: Tensor | None = None,
@@ -64,7 +67,8 @@ def sample(
 
     Columns of padded vocabulary must be cut off before: `logits[:, :vocab_size]`.
     seen: (batch, vocab) bool, the tokens that repetition_penalty is for. None: none.
-    uniform: (batch,) fp64 in [0, 1), the draw of each row. None: drawn here, with `generator` (the default one if None).
+    uniform: (batch,) fp64 in [0, 1), the draw of each row. None: drawn here, with `generator` (the default one if
+        None).
     """
     if logits.dim() != 2 or logits.shape[1] < 1:
         raise errors.ShapeError(f"sample: logits has shape {tuple(logits.shape)}, expected (batch, vocab >= 1)")
@@ -73,9 +77,7 @@ def sample(
         return logits.argmax(dim=-1)
     probs = distribution(logits, sampling)
     if uniform is None:
-        uniform = torch.rand(
-            logits.shape[0], dtype=torch.float64, generator=generator, device=_device(generator, logits)
-        )
+        uniform = torch.rand(logits.shape[0], dtype=torch.float64, generator=generator, device=_device(generator, logits))
     # Inverse of the distribution function. The strict comparison never stops at a token of probability 0 ...
     cdf = probs.double().cumsum(dim=-1)
     target = uniform.to(device=cdf.device, dtype=cdf.dtype)[:, None] * cdf[:, -1:]
@@ -85,7 +87,7 @@ def sample(
 
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
-    """logits (batch, vocab) -> the probabilities (batch, vocab) fp32 that `sample` draws from, 0 at tokens filtered out."""
+    """logits (batch, vocab) -> the probabilities (batch, vocab) fp32 that `sample` draws from, 0 where filtered out."""
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)
     if sampling.is_greedy:
@@ -114,7 +116,7 @@ def _threshold(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def apply_repetition_penalty(logits: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
-    """logits (batch, vocab), those of `seen` (batch, vocab) bool made less likely by `penalty`; the argument is not written."""
+    """logits (batch, vocab), those of `seen` (batch, vocab) bool made less likely; the argument is not written."""
     if seen is None or penalty == 1:
         return logits
     if seen.shape != logits.shape:
