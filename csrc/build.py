@@ -1,9 +1,13 @@
 """Builds everything native: which sources, which flags, which GPU images. Writes a build.ninja per target and runs ninja.
 
     python csrc/build.py ext          the torch extension cobra_kernels/_C.abi3.so, in place
+    python csrc/build.py host         the module cobra_kernels_host: CPU kernels and emulated CUDA kernels, no torch
+    python csrc/build.py asan|tsan    the same module under AddressSanitizer + UBSan, or ThreadSanitizer
+    python csrc/build.py nvcc-check   every .cu for every GPU image; a table of registers, shared memory and spills
 
 setup.py calls `build_extension` of this file; nothing else builds C++ or CUDA in this project. Objects live in one fixed
-folder per target (build/<target>/), so a rebuild compiles what changed and nothing else.
+folder per target (build/<target>/), so a rebuild compiles what changed and nothing else. Rooms are found by file name:
+<op>/<op>_cpu.cpp, <op>/<op>_cuda*.cu, <op>/<op>_binding.cpp, host/<op>_host.cpp.
 """
 
 from __future__ import annotations
@@ -12,9 +16,11 @@ import argparse
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -122,14 +128,17 @@ class Ninja:
     def _quote(words: list[str]) -> str:
         return " ".join(f"'{w}'" if any(c in w for c in " ();\"<>&") else w for w in words).replace("$", "$$")
 
-    def compile(self, source: Path, tool: str, flags: list[str], suffix: str = "") -> Path:
+    def compile(self, source: Path, tool: str, flags: list[str], suffix: str = "", keep_log: bool = False) -> Path:
         """One object. `suffix` tells apart several objects of one source; `x.cpp` and `x.cu` never share a name."""
-        compiler = "nvcc" if Path(tool).name.startswith("nvcc") else "cxx"
-        self._rule(compiler, f"{tool} $flags -MD -MF $out.d -c $in -o $out")
+        rule = "nvcc" if Path(tool).name.startswith("nvcc") else "cxx"
+        command = f"{tool} $flags -MD -MF $out.d -c $in -o $out"
+        if keep_log:
+            rule, command = f"{rule}_log", f"{command} > $out.log 2>&1 || (cat $out.log && false)"
+        self._rule(rule, command)
         relative = source.relative_to(CSRC)
         obj = self.folder / "obj" / relative.parent / f"{relative.name}{'.' + suffix if suffix else ''}.o"
         what = f"{relative} {suffix}".strip()
-        self.lines += [f"build {obj}: {compiler} {source}", f"  flags = {self._quote(flags)}", f"  what = {what}", ""]
+        self.lines += [f"build {obj}: {rule} {source}", f"  flags = {self._quote(flags)}", f"  what = {what}", ""]
         return obj
 
     def link(self, output: Path, tool: str, objects: list[Path], flags: list[str]) -> None:
@@ -157,14 +166,18 @@ class Ninja:
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
-def cpu_kernel_objects(ninja: Ninja, cxx: str, extra: list[str] | None = None) -> list[Path]:
-    """Every <op>/<op>_cpu.cpp once per instruction-set level, and the level switch. No torch header, usable anywhere."""
-    flags = [*CXX_FLAGS, f"-I{CSRC}", *(extra or [])]
-    objects = [ninja.compile(CSRC / "common" / "cpu_level.cpp", cxx, flags)]
+def cpu_kernel_objects(
+    ninja: Ninja, cxx: str, extra: list[str] | None = None, levels: list[str] | None = None, rooms: list[str] | None = None
+) -> list[Path]:
+    """The level switch, then <op>/<op>_cpu.cpp of every room, once per instruction-set level. No torch header, usable anywhere."""
+    flags = [*CXX_FLAGS, f"-I{CSRC}"]
+    objects = [ninja.compile(CSRC / "common" / "cpu_level.cpp", cxx, [*flags, *(extra or [])])]
     for source in sorted(CSRC.glob("*/*_cpu.cpp")):
-        for level in LEVELS:
+        if rooms is not None and source.parent.name not in rooms:
+            continue
+        for level in levels or LEVELS:
             level_flags = [*KERNEL_FLAGS, f"-DCOBRA_LEVEL={level}", *LEVEL_FLAGS[level]]
-            objects.append(ninja.compile(source, cxx, [*flags, *level_flags], suffix=level))
+            objects.append(ninja.compile(source, cxx, [*flags, *level_flags, *(extra or [])], suffix=level))
     return objects
 
 
@@ -210,7 +223,142 @@ def build_extension(output: Path = EXTENSION) -> str:
     return f"cobra_kernels: built for CPU ({', '.join(LEVELS)}) only; CUDA kernels left out: {why}"
 
 
-TARGETS = {"ext": build_extension}
+# --- the host module ------------------------------------------------------------------------------------------------
+
+HOST_FLAGS = {
+    "host": [],
+    "asan": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "tsan": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
+}
+EMULATED_FLAGS = ["-x", "c++", "-Wno-unknown-pragmas"]  # a .cu file as the emulator (csrc/simt) compiles it
+
+
+def host_module(target: str) -> Path:
+    """Where `build_host(target)` puts the module."""
+    return ROOT / "build" / target / f"cobra_kernels_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def host_glue_objects(cxx: str) -> list[Path]:
+    """The pybind11 part, compiled once for all three builds: it holds no arithmetic, a sanitizer has nothing to see in it."""
+    import pybind11
+
+    python = sysconfig.get_path("include")
+    if not (Path(python) / "Python.h").exists():
+        raise BuildError(f"{python}/Python.h not found: install the headers of this Python (python3-dev)")
+    ninja = Ninja("host-glue")
+    flags = [*CXX_FLAGS, "-O1", f"-I{CSRC}", f"-isystem{python}", f"-isystem{pybind11.get_include()}"]
+    objects = [ninja.compile(source, cxx, flags) for source in sorted(CSRC.glob("host/*.cpp"))]
+    ninja.run()
+    return objects
+
+
+def host_rooms() -> list[str]:
+    """The rooms that have a host/<op>_host.cpp; the emulator's own probe is not one."""
+    return [path.name.removesuffix("_host.cpp") for path in sorted(CSRC.glob("host/*_host.cpp")) if path.name != "probe_host.cpp"]
+
+
+def emulated_sources() -> list[Path]:
+    """The .cu files of those rooms, and the probe's."""
+    return [path for room in host_rooms() for path in sorted(CSRC.glob(f"{room}/*_cuda*.cu"))] + [CSRC / "simt" / "probe.cu"]
+
+
+def runnable_levels() -> list[str]:
+    """The instruction-set levels that this processor can run."""
+    try:
+        words = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        words = set()
+    return [level for level in LEVELS if level == "scalar" or {"avx2": "avx2", "avx512": "avx512vl"}[level] in words]
+
+
+def build_host(target: str) -> str:
+    """Builds cobra_kernels_host plain ("host") or under a sanitizer ("asan", "tsan")."""
+    cxx = find_cxx()
+    if cxx is None:
+        raise BuildError("no C++ compiler found (g++, c++ or $CXX)")
+    glue = host_glue_objects(cxx)
+    ninja, extra = Ninja(target), HOST_FLAGS[target]
+    # A level that cannot run here cannot be on trial: a sanitizer build links it as the plain build made it.
+    levels = LEVELS if target == "host" else runnable_levels()
+    rest = [level for level in LEVELS if level not in levels]
+    objects = cpu_kernel_objects(ninja, cxx, extra, levels, host_rooms())
+    if rest:
+        build_host("host")
+        objects += cpu_kernel_objects(Ninja("host"), cxx, HOST_FLAGS["host"], rest, host_rooms())[1:]
+    for source in emulated_sources():
+        objects.append(ninja.compile(source, cxx, [*EMULATED_FLAGS, *CXX_FLAGS, f"-I{CSRC}", *extra]))
+    ninja.link(host_module(target), cxx, [*glue, *objects], [*extra, "-lpthread"])
+    ninja.run()
+    return f"cobra_kernels_host: {host_module(target).relative_to(ROOT)}"
+
+
+# --- nvcc-check -----------------------------------------------------------------------------------------------------
+
+
+def read_ptxas_log(text: str) -> dict[str, dict[str, int]]:
+    """Mangled kernel name -> registers, shared, stack, spills (bytes), from the output of `ptxas -v`."""
+    kernels: dict[str, dict[str, int]] = {}
+    for part in re.split(r"Compiling entry function '", text)[1:]:
+        name = part.split("'", 1)[0]
+        frame = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        used = re.search(r"Used (\d+) registers(.*)", part)
+        if frame is None or used is None:
+            raise BuildError(f"nvcc-check: ptxas printed no figures for {name}")
+        shared = re.search(r"(\d+) bytes smem", used[2])
+        stack, stores, loads = map(int, frame.groups())
+        registers = int(used[1])
+        kernels[name] = {"registers": registers, "shared": int(shared[1]) if shared else 0, "stack": stack, "spills": stores + loads}
+    return kernels
+
+
+def short_kernel_names(mangled: list[str]) -> dict[str, str]:
+    """Readable kernel names, without namespaces and arguments."""
+    found = subprocess.run(["c++filt", "-p", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
+    drop = re.compile(r"\(anonymous namespace\)::|cobra::|void |\(int\)|\(bool\)")
+    return {name: drop.sub("", readable) for name, readable in zip(mangled, found)}
+
+
+def nvcc_check(archs: list[str] | None = None) -> str:
+    """Compiles every .cu for every architecture and fails on a spill or a missing figure."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("nvcc-check: nvcc not found in $CUDA_HOME/bin or on PATH")
+    archs = archs or ALL_ARCHS
+    sources = sorted(CSRC.glob("**/*.cu"))
+    ninja = Ninja("nvcc-check")
+    objects: dict[tuple[Path, str], Path] = {}
+    for source in sources:
+        for arch in archs:
+            flags = [*NVCC_FLAGS, "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", f"-I{CSRC}"]
+            objects[source, arch] = ninja.compile(source, nvcc, flags, suffix=f"sm_{arch}", keep_log=True)
+    ninja.run()
+
+    print(f"{'registers per thread':<58} " + " ".join(f"{'sm_' + a:>6}" for a in archs) + "  shared  stack  spills  (bytes, worst image)")
+    count, failures = 0, []
+    for source in sources:
+        per_arch = {arch: read_ptxas_log(Path(f"{objects[source, arch]}.log").read_text()) for arch in archs}
+        names = list(per_arch[archs[0]])
+        if not names or any(set(per_arch[arch]) != set(names) for arch in archs):
+            raise BuildError(f"nvcc-check: {source.relative_to(ROOT)} has no kernel, or not the same ones for every image")
+        print(f"{source.relative_to(CSRC)}")
+        for name, short in sorted(short_kernel_names(names).items(), key=lambda item: item[1]):
+            worst = {key: max(per_arch[arch][name][key] for arch in archs) for key in ("shared", "stack", "spills")}
+            registers = " ".join(f"{per_arch[arch][name]['registers']:>6}" for arch in archs)
+            print(f"  {short:<56} {registers}  {worst['shared']:>6}  {worst['stack']:>5}  {worst['spills']:>6}")
+            count += 1
+            failures += [f"{short} (sm_{arch})" for arch in archs if per_arch[arch][name]["spills"]]
+    if failures:
+        raise BuildError("nvcc-check: registers spilled in " + ", ".join(failures))
+    return f"nvcc-check: {count} kernels x {len(archs)} images, no spill"
+
+
+TARGETS = {
+    "ext": build_extension,
+    "host": lambda: build_host("host"),
+    "asan": lambda: build_host("asan"),
+    "tsan": lambda: build_host("tsan"),
+    "nvcc-check": nvcc_check,
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,0 +1,81 @@
+# Every verb of the project. `make` alone lists them. A fresh machine needs python3, g++ and one of the verbs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.SUFFIXES:
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+PY := $(VENV)/bin/python
+export MAX_JOBS ?= 2
+
+# The GPU verbs use the Python that already has a CUDA build of torch, and install nothing.
+GPU_PYTHON ?= python3
+OUT ?= out/gpu
+ALL_ARCHS := 8.0;8.6;8.9;9.0a;10.0;12.0
+
+help:  ## list the verbs
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+$(VENV)/.ready: pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check --upgrade pip "setuptools>=77" wheel ninja pybind11
+	$(PY) -m pip install -q --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready  ## virtual environment, dependencies, compiled kernels
+	@$(PY) csrc/build.py ext
+
+demo: setup  ## one photo, Cobra next to a Transformer: table, plots, out/demo/report.html
+	$(PY) -m benchmarks.model.demo
+
+test: setup  ## the whole test suite, with its own time table
+	$(PY) tests/run.py
+
+bench: setup  ## every bench against the roofs of this machine; records in benchmarks/results/
+	$(PY) -m benchmarks
+
+room: setup  ## ROOM=<op>: rebuild, that room's tests, its kernels under sanitizers, its bench
+	@test -n "$(ROOM)" || { echo "usage: make room ROOM=rms_norm [BACKEND=cpu]"; exit 2; }
+	@$(PY) tests/room.py $(ROOM) $(if $(BACKEND),--backend $(BACKEND))
+
+sanitize: setup  ## CPU and CUDA kernels on a CPU under ASan, UBSan and TSan
+	$(PY) csrc/build.py asan tsan
+	$(PY) tests/simt/run_sanitized.py
+
+nvcc-check: setup  ## every CUDA kernel for every architecture: registers, shared memory, zero spills
+	$(PY) csrc/build.py nvcc-check
+
+wheel: setup  ## dist/*.whl (all GPU images) and the sdists of both distributions
+	TORCH_CUDA_ARCH_LIST="$(ALL_ARCHS)" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist ./cobra
+	$(PY) -c "from setuptools import build_meta as b; print('sdist:', b.build_sdist('dist'))" | tail -1
+	@ls -1 dist
+
+lint: setup  ## ruff
+	$(PY) -m ruff check .
+
+gpu: gpu-test gpu-bench gpu-sanitize  ## on a CUDA machine: the three below, in this order
+
+gpu-test:  ## CUDA machine: build, suite on cuda and triton, selftest
+	@mkdir -p $(OUT)
+	MAX_JOBS=16 $(GPU_PYTHON) csrc/build.py ext
+	$(GPU_PYTHON) -m cobra_kernels.doctor | tee $(OUT)/doctor.txt
+	$(GPU_PYTHON) -m pytest tests/ops tests/gpu -m "not threads" 2>&1 | tee $(OUT)/gpu-test.txt; test $${PIPESTATUS[0]} -eq 0
+	$(GPU_PYTHON) -c "import cobra_kernels; cobra_kernels.selftest(device='cuda')" | tee $(OUT)/selftest.txt
+
+gpu-bench:  ## CUDA machine: every bench, records under $OUT
+	@mkdir -p $(OUT)
+	$(GPU_PYTHON) -m benchmarks --device cuda --results $(OUT)/results 2>&1 | tee $(OUT)/gpu-bench.txt; test $${PIPESTATUS[0]} -eq 0
+
+gpu-sanitize:  ## CUDA machine: memcheck, racecheck, initcheck, synccheck
+	@mkdir -p $(OUT)
+	@for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --log-file $(OUT)/$$tool.txt \
+	  $(GPU_PYTHON) -m pytest tests/gpu -x -k sanitize || exit 1; done
+
+clean:  ## remove what was built (not the virtual environment)
+	rm -rf build out dist *.egg-info cobra/*.egg-info cobra_kernels/_C.abi3.so
+
+.PHONY: help setup demo test bench room sanitize nvcc-check wheel lint gpu gpu-test gpu-bench gpu-sanitize clean
