@@ -1,0 +1,155 @@
+// What the forward and the backward kernels of rms_norm share: how threads own a row, and its statistics.
+//
+// A row belongs to a group of blockDim.x threads, a block holds blockDim.y groups. Two ways to hold it:
+//   vector   every tensor has dim stride 1, 16-byte aligned rows, dim a multiple of 16 bytes of x, and the row fits:
+//            kItems channels per thread stay in registers, memory is read once;
+//   strided  anything else, any dim: channels threadIdx.x, threadIdx.x + blockDim.x, ... are read again for each pass.
+// The choice depends on dim and layout only, never on the number of rows: a row's bits do not depend on its batch.
+#pragma once
+#include "common/cuda_dtype.cuh"
+#include "common/reduce.cuh"
+#include "rms_norm/rms_norm.h"
+
+namespace cobra {
+
+constexpr int kMaxRowThreads = 512, kMaxRowWarps = kMaxRowThreads / kWarp;
+using RowSum = GroupSum<kMaxRowWarps>;
+
+// --- vector -----------------------------------------------------------------------------------------------------------
+
+// Channel of item i of this thread: packs of kWidth neighbours, one pack per thread, then the next round.
+template <int kWidth>
+__device__ __forceinline__ int64_t pack_channel(int pack) {
+  return (int64_t(pack) * blockDim.x + threadIdx.x) * kWidth;
+}
+
+// v = the thread's channels of a row of `dim` channels, 0 beyond it. `row` points at channel 0.
+template <int kWidth, int kItems, class S>
+__device__ __forceinline__ void load_items(float (&v)[kItems], const S* row, int64_t dim) {
+  Pack<S, kWidth> packs[kItems / kWidth];
+#pragma unroll
+  for (int k = 0; k < kItems / kWidth; ++k) {  // all loads are under way before the first is used
+    const int64_t channel = pack_channel<kWidth>(k);
+    packs[k] = channel < dim ? load_pack<S, kWidth>(row + channel) : Pack<S, kWidth>{};
+  }
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) v[i] = to_float(packs[i / kWidth].v[i % kWidth]);
+}
+template <int kWidth, int kItems>
+__device__ __forceinline__ void load_items(float (&v)[kItems], const void* base, DType dtype, int64_t offset, int64_t dim) {
+  with_float_type(dtype, [&](auto t) { load_items<kWidth>(v, static_cast<const decltype(t)*>(base) + offset, dim); });
+}
+
+template <int kWidth, int kItems, class S>
+__device__ __forceinline__ void store_items(const float (&v)[kItems], S* row, int64_t dim) {
+#pragma unroll
+  for (int k = 0; k < kItems / kWidth; ++k) {
+    const int64_t channel = pack_channel<kWidth>(k);
+    Pack<S, kWidth> pack;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) pack.v[i] = round_to<S>(v[k * kWidth + i]);
+    if (channel < dim) store_pack<S, kWidth>(row + channel, pack);
+  }
+}
+template <int kWidth, int kItems>
+__device__ __forceinline__ void store_items(const float (&v)[kItems], void* base, DType dtype, int64_t offset, int64_t dim) {
+  with_float_type(dtype, [&](auto t) { store_items<kWidth>(v, static_cast<decltype(t)*>(base) + offset, dim); });
+}
+
+// f(i) for the items that are channels of the row.
+template <int kWidth, int kItems, class F>
+__device__ __forceinline__ void for_items(int64_t dim, F&& f) {
+#pragma unroll
+  for (int k = 0; k < kItems / kWidth; ++k)
+    if (pack_channel<kWidth>(k) < dim) {
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) f(k * kWidth + i);
+    }
+}
+
+// n = (s - mean) * rstd with mean 0 for RMSNorm; s is replaced by s - mean, items beyond the row by 0. Returns rstd.
+template <int kWidth, int kItems>
+__device__ __forceinline__ float center_and_rstd(float (&s)[kItems], int64_t dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
+  if (!is_rms_norm) {
+    float total = 0.f;
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) total += s[i];
+    const float mean = sum(total) * inverse_dim;
+    for_items<kWidth, kItems>(dim, [&](int i) { s[i] -= mean; });
+  }
+  float square = 0.f;
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) square += s[i] * s[i];
+  return rsqrtf(sum(square) * inverse_dim + eps);
+}
+
+// --- strided ----------------------------------------------------------------------------------------------------------
+
+// One row of one tensor, read or written channel by channel.
+struct RowView {
+  const void* base;
+  DType dtype;
+  int64_t offset, stride;
+
+  __device__ __forceinline__ float operator[](int64_t channel) const { return load_float(base, dtype, offset + channel * stride); }
+  __device__ __forceinline__ void store(int64_t channel, float v) const {
+    store_float(const_cast<void*>(base), dtype, offset + channel * stride, v);
+  }
+};
+
+__device__ __forceinline__ RowView row_view(const void* base, DType dtype, const RowShape& shape, const RowStride& stride, int64_t row) {
+  return {base, dtype, base ? row_offset(shape, stride, row) : 0, stride.dim};
+}
+
+// s = x + residual of one row, not rounded.
+struct RowInput {
+  RowView x, residual;
+  __device__ __forceinline__ float operator[](int64_t channel) const {
+    return residual.base ? x[channel] + residual[channel] : x[channel];
+  }
+};
+
+template <class Params>
+__device__ __forceinline__ RowInput row_input(const Params& p, int64_t row) {
+  return {row_view(p.x, p.x_dtype, p.shape, p.x_stride, row), row_view(p.residual, p.residual_dtype, p.shape, p.residual_stride, row)};
+}
+
+struct RowStatistics {
+  float mean, rstd;
+};
+__device__ __forceinline__ RowStatistics row_statistics(const RowInput& s, int64_t dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
+  float mean = 0.f;
+  if (!is_rms_norm) {
+    float total = 0.f;
+    for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) total += s[i];
+    mean = sum(total) * inverse_dim;
+  }
+  float square = 0.f;
+  for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) {
+    const float centered = s[i] - mean;
+    square += centered * centered;
+  }
+  return {mean, rsqrtf(sum(square) * inverse_dim + eps)};
+}
+
+// --- launch -----------------------------------------------------------------------------------------------------------
+
+// Can the rows of this tensor be read in packs of `width` elements?
+inline bool rows_are_packed(const void* base, DType dtype, const RowShape& shape, const RowStride& stride, int width) {
+  if (!base) return true;
+  const int64_t bytes = int64_t(width) * int64_t(size_of(dtype)), alignment = bytes < 16 ? bytes : 16;
+  bool packed = stride.dim == 1 && reinterpret_cast<uintptr_t>(base) % alignment == 0;
+  for (int i = 0; i < shape.ndim; ++i) packed = packed && (stride.row[i] * int64_t(size_of(dtype))) % alignment == 0;
+  return packed;
+}
+inline bool vector_is_packed(const void* base, DType dtype, int64_t stride, int width) {
+  return rows_are_packed(base, dtype, RowShape{}, RowStride{{}, stride}, width);
+}
+
+// Threads per row, in whole warps.
+inline int row_threads(int64_t dim, int items, int most) {
+  const int64_t threads = (dim + items - 1) / items;
+  return threads >= most ? most : int((threads + kWarp - 1) / kWarp) * kWarp;
+}
+
+}  // namespace cobra

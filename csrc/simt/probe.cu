@@ -1,0 +1,122 @@
+// Kernels that use every part of the language that the emulator offers, each with one right answer. nvcc compiles the same
+// file, so the emulator's dialect stays CUDA; a GPU must give the same numbers.
+#include "common/sync.cuh"
+#include "simt/probe.h"
+
+namespace cobra {
+namespace {
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// out[thread][0..15]: what each lane sees of shuffles and votes.
+__global__ void warp_kernel(ProbeParams p) {
+  const int lane = int(threadIdx.x) % 32;
+  int* const out = p.out + int64_t(threadIdx.x) * 16;
+  out[0] = __shfl_sync(kAll, lane * 10, 5);
+  out[1] = __shfl_sync(kAll, lane * 10, lane + 3, 8);
+  out[2] = __shfl_up_sync(kAll, lane, 2);
+  out[3] = __shfl_up_sync(kAll, lane, 2, 8);
+  out[4] = __shfl_down_sync(kAll, lane, 3);
+  out[5] = __shfl_down_sync(kAll, lane, 3, 4);
+  out[6] = __shfl_xor_sync(kAll, lane, 1);
+  out[7] = __shfl_xor_sync(kAll, lane, 16, 8);
+  out[8] = int(__ballot_sync(kAll, lane % 3 == 0));
+  out[9] = __any_sync(kAll, lane == 7);
+  out[10] = __all_sync(kAll, lane < 31);
+  // Two halves of a warp meet apart, under masks of their own.
+  if (lane < 16)
+    out[11] = __shfl_sync(0x0000ffffu, lane, 3);
+  else
+    out[11] = __shfl_sync(0xffff0000u, lane, 20);
+  const float4 four = make_float4(float(lane), 1.f, 2.f, 3.f);
+  out[12] = int(__shfl_sync(kAll, four.x, 9) + four.w);
+  out[13] = int(__shfl_xor_sync(kAll, double(lane), 2));
+  out[14] = __popc(unsigned(lane)) + 100 * __ffs(lane) + 10000 * __clz(lane);
+  if (lane >= 24) return;  // a collective waits for lanes that are still there
+  out[15] = int(__ballot_sync(kAll, 1));
+}
+
+// Barriers, their reducing forms, static and dynamic shared memory, atomics.
+__global__ void block_kernel(ProbeParams p) {
+  COBRA_SHARED(int[64], reversed);
+  COBRA_SHARED(unsigned, counter);
+  COBRA_DYNAMIC_SHARED(float2, pairs);
+  const int n = int(blockDim.x), i = int(threadIdx.x);
+  int* const out = p.out + (int64_t(blockIdx.x) * n + i) * 8;
+  reversed[i] = i;
+  pairs[i] = make_float2(float(i), 1.f);
+  if (i == 0) counter = 0;
+  __syncthreads();
+  out[0] = reversed[n - 1 - i];
+  out[1] = int(pairs[n - 1 - i].x);
+  atomicAdd(&counter, 2u);
+  out[2] = __syncthreads_count(i % 2);
+  out[3] = int(counter);
+  out[4] = __syncthreads_or(i == 3);
+  out[5] = __syncthreads_and(i != 3);
+  if (i / 32 == 0) {  // within a warp, __syncwarp is enough
+    reversed[i] = 2 * i;
+    __syncwarp();
+    out[6] = reversed[31 - i];
+  }
+  out[7] = int(atomicMax(p.maximum, int(blockIdx.x) * n + i) <= int(gridDim.x) * n);
+}
+
+// Each block adds its number to the running sum of the block before it: it needs that block to run, too. Blocks number
+// themselves as they start, because a GPU may start them in any order.
+__global__ void chain_kernel(ProbeParams p) {
+  COBRA_SHARED(unsigned, number);
+  if (threadIdx.x == 0) number = atomicAdd(p.ticket, 1u);
+  __syncthreads();
+  const unsigned mine = p.by_block_index ? blockIdx.x : number;
+  if (threadIdx.x == 0) {
+    int before = 0;
+    if (mine > 0) {
+      while (load_acquire(&p.flags[mine - 1]) == 0) pause_spin();
+      before = p.out[mine - 1];
+    }
+    p.out[mine] = before + int(mine);
+    if (!p.forget_flag) store_release(&p.flags[mine], 1u);
+  }
+}
+
+// Rounding of the 16-bit floats: bits of in[i] in bf16 (low half) and fp16 (high half).
+__global__ void round_kernel(ProbeParams p) {
+  const int i = int(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= p.count) return;
+  const __nv_bfloat16 b = __float2bfloat16_rn(p.in[i]);
+  const __half h = __float2half_rn(p.in[i]);
+  uint16_t low, high;
+  memcpy(&low, &b, 2);
+  memcpy(&high, &h, 2);
+  p.out[i] = int(unsigned(low) | unsigned(high) << 16);
+}
+
+// Kernels that must fail: what = 0 half the block misses a barrier, 1 a thread leaves before it, 2 a lane misses a
+// shuffle, 3 a lane calls one without being in its mask, 4 lanes of one mask call different collectives.
+__global__ void broken_kernel(ProbeParams p) {
+  const int i = int(threadIdx.x);
+  if (p.what == 0 && i < 32) __syncthreads();
+  if (p.what == 0) p.out[i] = __shfl_sync(kAll, i, 0);
+  if (p.what == 1 && i == 40) return;
+  if (p.what == 1) __syncthreads();
+  if (p.what == 2 && i != 5) p.out[i] = __shfl_sync(kAll, i, 0);
+  if (p.what == 2) __syncthreads();
+  if (p.what == 3) p.out[i] = __shfl_sync(0x7fffffffu, i, 0);
+  if (p.what == 4) p.out[i] = i % 2 ? __shfl_sync(kAll, i, 0) : __any_sync(kAll, i);
+}
+
+}  // namespace
+
+int probe_cuda(const ProbeParams& p, void* stream) {
+  switch (p.kernel) {
+    case 0: return launch(&warp_kernel, dim3(1), dim3(64), 0, stream, p);
+    case 1: return launch(&block_kernel, dim3(unsigned(p.blocks)), dim3(64), 64 * sizeof(float2), stream, p);
+    case 2: return launch(&chain_kernel, dim3(unsigned(p.blocks)), dim3(32), 0, stream, p);
+    case 3: return launch(&round_kernel, dim3(unsigned(p.blocks)), dim3(128), 0, stream, p);
+    case 4: return launch(&broken_kernel, dim3(1), dim3(64), 0, stream, p);
+    default: return launch(&round_kernel, dim3(unsigned(p.blocks), 1, 1), dim3(2048), 0, stream, p);  // more than a block holds
+  }
+}
+
+}  // namespace cobra

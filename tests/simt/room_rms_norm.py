@@ -1,0 +1,130 @@
+"""rms_norm on numpy arrays: cases, and one function that checks a case on a device of cobra_kernels_host.
+
+Every room_<op>.py of this folder has CASES (with `id`), `check(host, case, device)` and SANITIZED (what sanitizers run).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.simt import harness
+from tests.simt.harness import Tensor, check_close
+
+EPS = 1e-6
+
+
+class Case(NamedTuple):
+    """The base case; each row of CASES varies one thing."""
+
+    shape: tuple[int, ...] = (3, 136)
+    dtype: str = "fp32"
+    weight_dtype: str = ""  # empty: as x
+    residual_dtype: str | None = "fp32"  # None: no residual
+    s_dtype: str | None = "fp32"  # None: the sum is not stored, and no gradient comes through it
+    bias: bool = True
+    is_rms_norm: bool = True
+    layout: str = "contiguous"
+    max_grid_x: int = 0  # 0: as the GPU
+
+    @property
+    def id(self) -> str:
+        base = Case()
+        return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)).replace(" ", "") or "base"
+
+
+# On both sides of every change of kernel: 256, 512, 1024, 4096, 16384 channels forward, 256 and 8192 backward; odd sizes
+# and layouts run the strided kernels.
+VECTOR_DIMS = (4, 8, 128, 248, 256, 264, 512, 520, 1024, 1032, 4096, 4104, 8192, 8200)
+STRIDED_DIMS = (1, 2, 3, 7, 31, 33, 127, 129, 255, 257, 1023, 1025)
+CASES = [
+    Case(),
+    *(Case(shape=(2, dim), dtype=d) for dim in VECTOR_DIMS for d in ("fp32", "bf16")),
+    *(Case(shape=(2, dim)) for dim in STRIDED_DIMS),
+    *(Case(shape=(1, dim), dtype="bf16", bias=False) for dim in (16384, 16392)),
+    *(Case(shape=(rows, dim)) for rows in (0, 1, 15, 16, 17, 33) for dim in (40, 41)),
+    *(Case(shape=(rows, 8), dtype="fp16") for rows in (127, 2100)),
+    Case(shape=(5, 0)),
+    *(Case(shape=shape) for shape in ((64,), (2, 3, 4, 64), (2, 3, 4, 65), (1, 2, 1, 3, 2, 1, 8), (4, 0, 8))),
+    *(Case(dtype=d, is_rms_norm=n) for d in ("bf16", "fp16") for n in (True, False)),
+    *(Case(shape=(3, dim), is_rms_norm=False, bias=b) for dim in (129, 256, 2560) for b in (True, False)),
+    *(Case(dtype=d, weight_dtype=w, residual_dtype=r, s_dtype=s)
+      for d, w, r, s in (("bf16", "fp32", "fp32", "fp32"), ("bf16", "fp16", "bf16", "bf16"), ("fp16", "bf16", "fp16", None),
+                         ("fp32", "bf16", "fp16", "bf16"), ("fp32", "fp16", None, None))),
+    *(Case(residual_dtype=None, s_dtype=s, dtype="bf16") for s in (None, "fp32")),
+    *(Case(shape=(3, 5, dim), layout=x, dtype=d) for x in harness.LAYOUTS[1:] for dim, d in ((33, "fp32"), (64, "bf16"))),
+    *(Case(shape=(23, dim), max_grid_x=2) for dim in (40, 41, 2048)),
+]  # fmt: skip
+
+SANITIZED = [case for i, case in enumerate(CASES) if np.prod(case.shape) <= 5000 and (i % 3 == 0 or case.layout != "contiguous")]
+
+
+def reference(x, weight, bias, residual, is_rms_norm):
+    """(y, s) in fp64."""
+    s = x if residual is None else x + residual
+    centred = s if is_rms_norm else s - s.mean(-1, keepdims=True)
+    y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS) * weight
+    return y if bias is None else y + bias, s
+
+
+def reference_gradients(dy, ds, x, weight, residual, is_rms_norm):
+    """(d(x + residual), dweight, dbias) in fp64."""
+    s = x if residual is None else x + residual
+    centred = s if is_rms_norm else s - s.mean(-1, keepdims=True)
+    rstd = 1 / np.sqrt((centred**2).mean(-1, keepdims=True) + EPS)
+    n, g = centred * rstd, dy * weight
+    d_sum = rstd * (g - n * (g * n).mean(-1, keepdims=True) - (0 if is_rms_norm else g.mean(-1, keepdims=True)))
+    leading = tuple(range(dy.ndim - 1))
+    return d_sum if ds is None else d_sum + ds, (dy * n).sum(leading), dy.sum(leading)
+
+
+def check(host, case: Case, device: str) -> None:
+    """Forward and backward of one case against fp64, inputs unchanged, guards whole, outputs written."""
+    rng = np.random.default_rng(0)
+    shape, dim, weight_dtype = case.shape, case.shape[-1], case.weight_dtype or case.dtype
+    output_layout = "contiguous" if case.layout == "expanded" else case.layout
+
+    def normal(shape, dtype, layout=case.layout, mean=0.0):
+        return Tensor(shape, dtype, layout, rng.standard_normal(shape) + mean)
+
+    x, weight = normal(shape, case.dtype, mean=0.5), normal((dim,), weight_dtype)
+    bias = normal((dim,), weight_dtype, "unaligned" if case.layout == "unaligned" else "contiguous") if case.bias else None
+    residual = normal(shape, case.residual_dtype) if case.residual_dtype else None
+    y, s = Tensor(shape, case.dtype, output_layout), Tensor(shape, case.s_dtype, output_layout) if case.s_dtype else None
+
+    def array(tensor):
+        return None if tensor is None else tensor.array
+
+    def values(tensor):
+        return None if tensor is None else tensor.values()
+
+    host.rms_norm_fwd(device, x.array, weight.array, array(bias), array(residual), y.array, array(s), EPS, case.is_rms_norm)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected_y, expected_s = reference(x.values(), weight.values(), values(bias), values(residual), case.is_rms_norm)
+    check_close(y, expected_y, harness.OUTPUT[case.dtype], "y")
+    if s:
+        check_close(s, expected_s, harness.OUTPUT[case.s_dtype], "s")
+
+    dy = normal(shape, case.dtype)
+    ds = normal(shape, case.s_dtype) if s else None
+    dx = Tensor(shape, case.dtype, output_layout)
+    dresidual = Tensor(shape, case.residual_dtype, output_layout) if residual else None
+    dweight, dbias = Tensor((dim,), weight_dtype), Tensor((dim,), weight_dtype) if bias else None
+    row_blocks = host.rms_norm_bwd_row_blocks(int(np.prod(shape[:-1])))
+    partial = Tensor((2 if bias else 1, row_blocks, dim), "fp64" if case.dtype == "fp64" else "fp32")
+    host.rms_norm_bwd(device, dy.array, array(ds), x.array, array(residual), weight.array, dx.array, array(dresidual), dweight.array,
+                      array(dbias), partial.array, EPS, case.is_rms_norm)  # fmt: skip
+    with np.errstate(invalid="ignore", divide="ignore"):
+        d_sum, expected_dweight, expected_dbias = reference_gradients(
+            dy.values(), values(ds), x.values(), weight.values(), values(residual), case.is_rms_norm)  # fmt: skip
+    check_close(dx, d_sum, harness.GRADIENT[case.dtype], "dx")
+    if dresidual:
+        check_close(dresidual, d_sum, harness.GRADIENT[case.residual_dtype], "dresidual")
+    check_close(dweight, expected_dweight, harness.GRADIENT[weight_dtype], "dweight")
+    if dbias:
+        check_close(dbias, expected_dbias, harness.GRADIENT[weight_dtype], "dbias")
+    partial.check_guards("partial")
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "residual": residual, "dy": dy, "ds": ds}.items():
+        if tensor:
+            tensor.check_unchanged(name)
