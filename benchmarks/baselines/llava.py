@@ -108,9 +108,9 @@ class Llava:
         seen, logits = self._read(torch.cat([image, self.core.language_model.embed_tokens(input_ids)], dim=1))
         return logits, self._grown(seen, room)
 
-    def encode(self, image: Tensor) -> DynamicCache:
+    def encode(self, pixels: Tensor) -> DynamicCache:
         """What is kept of an image between questions: its keys and values."""
-        return self._read(image)[0]
+        return self._read(self.project(self.vision(pixels)))[0]
 
     def kept_bytes(self, kept: DynamicCache) -> int:
         return cache_bytes(kept)
