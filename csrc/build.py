@@ -73,6 +73,15 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def cuda_root(nvcc: str) -> Path:
+    """The toolkit's folder. nvcc says it itself: the one on PATH may be a wrapper that lives elsewhere."""
+    dryrun = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull], capture_output=True, text=True, check=False)
+    for line in (dryrun.stdout + dryrun.stderr).splitlines():
+        if line.startswith("#$ TOP="):
+            return Path(line.removeprefix("#$ TOP=")).resolve()
+    return Path(nvcc).resolve().parents[1]
+
+
 def find_ninja() -> list[str]:
     """ninja from PATH, else the one of the `ninja` Python package."""
     ninja = shutil.which("ninja")
@@ -202,7 +211,7 @@ def build_extension(output: Path = EXTENSION) -> str:
         defines += ["-DCOBRA_WITH_CUDA", f"-DCOBRA_CUDA_IMAGES=\"{images}\""]
     binding_flags = [*CXX_FLAGS, *defines, f"-I{CSRC}", *(f"-isystem{p}" for p in include_paths())]
     if nvcc:
-        binding_flags.append(f"-isystem{Path(nvcc).resolve().parents[1] / 'include'}")
+        binding_flags.append(f"-isystem{cuda_root(nvcc) / 'include'}")
     for source in sorted(CSRC.glob("*/*_binding.cpp")):
         objects.append(ninja.compile(source, cxx, binding_flags))
     if nvcc:
@@ -211,7 +220,7 @@ def build_extension(output: Path = EXTENSION) -> str:
 
     link = [*(f"-L{p}" for p in library_paths()), "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10", "-Wl,--as-needed"]
     if nvcc:
-        cuda_lib = Path(nvcc).resolve().parents[1] / "lib64"
+        cuda_lib = cuda_root(nvcc) / "lib64"
         link += [f"-L{cuda_lib}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
     link += ["-Wl,--exclude-libs,ALL", "-Wl,--gc-sections", "-Wl,-s"]
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,8 @@ def _differentiable(x, weight, bias, residual, s_dtype, eps, is_rms_norm, backen
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, _, ctx.eps, ctx.is_rms_norm, ctx.backend = inputs
+    x, weight, bias, residual, s_dtype, ctx.eps, ctx.is_rms_norm, ctx.backend = inputs
+    ctx.s_stored = s_dtype is not None
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, residual)
 
@@ -153,7 +154,7 @@ def _backward(ctx, dy, ds):
     x, weight, bias, residual = ctx.saved_tensors
     if dy is None:
         dy = x.new_zeros(()).expand(x.shape)
-    grads = _BACKWARD[ctx.backend](dy, ds, x, weight, bias, residual, ctx.eps, ctx.is_rms_norm)
+    grads = _BACKWARD[ctx.backend](dy, ds if ctx.s_stored else None, x, weight, bias, residual, ctx.eps, ctx.is_rms_norm)
     dx, dresidual, dweight, dbias = grads
     return dx, dweight, None if bias is None else dbias, None if residual is None else dresidual, None, None, None, None
 
