@@ -34,7 +34,7 @@ __device__ __forceinline__ void store_block_gradient(const float (&gradient)[kIt
 }
 
 template <class T, int kItems>
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_bwd_vector_kernel(const __grid_constant__ RmsNormBwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_vector_kernel(const __grid_constant__ RmsNormBwdParams p) {
   constexpr int kWidth = 16 / sizeof(T);
   COBRA_SHARED(RowSum::Shared, shared);
   COBRA_SHARED(float[kItems * kMaxRowThreads], gradients);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) rms_norm_bwd_vector_kernel(con
 }
 
 // One group per block. A thread meets the same channels in every row, so it alone adds to their place in `partial`.
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_bwd_strided_kernel(const __grid_constant__ RmsNormBwdParams p) {
+__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_strided_kernel(const __grid_constant__ RmsNormBwdParams p) {
   COBRA_SHARED(RowSum::Shared, shared);
   RowSum sum{shared};
   const float inverse_dim = 1.f / float(p.dim);

@@ -5,9 +5,11 @@ namespace cobra {
 namespace {
 
 constexpr int kBlockThreads = 128;  // of blocks that hold several short rows
+// At most 80 registers where 16 channels per thread are enough, so that three blocks fit a multiprocessor and hide each other's latency.
+constexpr int most_threads(int items) { return items <= 16 ? 256 : kMaxRowThreads; }
 
 template <class T, int kItems>
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_fwd_vector_kernel(const __grid_constant__ RmsNormFwdParams p) {
+__global__ void __launch_bounds__(most_threads(kItems), kItems <= 16 ? 3 : 1) rms_norm_fwd_vector_kernel(const __grid_constant__ RmsNormFwdParams p) {
   constexpr int kWidth = 16 / sizeof(T);
   COBRA_SHARED(RowSum::Shared, shared);
   RowSum sum{shared};
@@ -43,7 +45,7 @@ __global__ void __launch_bounds__(kMaxRowThreads) rms_norm_fwd_vector_kernel(con
   }
 }
 
-__global__ void __launch_bounds__(kMaxRowThreads) rms_norm_fwd_strided_kernel(const __grid_constant__ RmsNormFwdParams p) {
+__global__ void __launch_bounds__(256, 3) rms_norm_fwd_strided_kernel(const __grid_constant__ RmsNormFwdParams p) {
   COBRA_SHARED(RowSum::Shared, shared);
   RowSum sum{shared};
   const float inverse_dim = 1.f / float(p.dim);
@@ -89,11 +91,11 @@ int rms_norm_fwd_cuda(const RmsNormFwdParams& p, void* stream) {
   if (!rows_fit_vectors(p)) return launch_rows(&rms_norm_fwd_strided_kernel, p, row_threads(p.dim, 4, 256), stream);
   return pick_by_float_type(p.x_dtype, [&](auto t) {
     using T = decltype(t);
-    // A warp per row up to 1024 channels, no barrier; then 16 channels per thread; 32 when those need more than 256 threads.
+    // A warp per row up to 1024 channels, no barrier; then 16 channels per thread; 32 when that needs more than 256 threads.
     if (p.dim <= 256) return launch_rows(&rms_norm_fwd_vector_kernel<T, 8>, p, kWarp, stream);
     if (p.dim <= 512) return launch_rows(&rms_norm_fwd_vector_kernel<T, 16>, p, kWarp, stream);
     if (p.dim <= 1024) return launch_rows(&rms_norm_fwd_vector_kernel<T, 32>, p, kWarp, stream);
-    if (p.dim <= 4096) return launch_rows(&rms_norm_fwd_vector_kernel<T, 16>, p, row_threads(p.dim, 16, 256), stream);
+    if (p.dim <= 4096) return launch_rows(&rms_norm_fwd_vector_kernel<T, 16>, p, row_threads(p.dim, 16, most_threads(16)), stream);
     return launch_rows(&rms_norm_fwd_vector_kernel<T, 32>, p, row_threads(p.dim, 32, kMaxRowThreads), stream);
   });
 }
