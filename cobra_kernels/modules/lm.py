@@ -92,15 +92,16 @@ class MambaConfig:
         for key in ("d_intermediate", "attn_layer_idx", "attn_cfg"):
             if values.pop(key, None):
                 raise errors.ArgumentError(f"MambaConfig: {key} is set, expected nothing: only pure Mamba-1 models are built")
-        ssm_cfg = dict(values.get("ssm_cfg") or {})
-        layer = ssm_cfg.pop("layer", "Mamba1")
-        if layer != "Mamba1":
-            raise errors.ArgumentError(f"MambaConfig: ssm_cfg['layer'] has {layer!r}, expected 'Mamba1'")
+        ssm_cfg = values.get("ssm_cfg", {})
+        if isinstance(ssm_cfg, Mapping):
+            values["ssm_cfg"] = {key: value for key, value in ssm_cfg.items() if key != "layer"}
+            if ssm_cfg.get("layer", "Mamba1") != "Mamba1":
+                raise errors.ArgumentError(f"MambaConfig: ssm_cfg['layer'] has {ssm_cfg['layer']!r}, expected 'Mamba1'")
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise errors.ArgumentError(f"MambaConfig: has the keys {', '.join(unknown)}, expected only {', '.join(known)}")
-        return cls(**{**values, "ssm_cfg": ssm_cfg})
+        return cls(**values)
 
 
 class CausalLMOutput(NamedTuple):

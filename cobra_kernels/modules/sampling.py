@@ -93,7 +93,7 @@ def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.is_greedy:
         return torch.zeros_like(logits).scatter_(1, logits.argmax(dim=-1, keepdim=True), 1.0)
     # The maximum goes first: a tiny temperature then makes -inf of the others, never inf - inf.
-    logits = (logits - best) / sampling.temperature
+    logits = (logits - best) / max(sampling.temperature, torch.finfo(logits.dtype).tiny)
     return torch.softmax(logits.masked_fill(logits < _threshold(logits, sampling), -math.inf), dim=-1)
 
 
