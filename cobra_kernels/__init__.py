@@ -5,7 +5,9 @@ Importing opens no socket, writes no file and compiles nothing.
 
 from . import errors
 from .dispatch import backends, call_counts, reset_call_counts, supports, use_backend
+from .ops.projector import ldp_projector, mlp_projector
 from .ops.rms_norm import rms_norm
+from .ops.selective_state_update import selective_state_update
 
 __version__ = "0.1.0"
 
@@ -14,8 +16,11 @@ __all__ = [
     "backends",
     "call_counts",
     "errors",
+    "ldp_projector",
+    "mlp_projector",
     "reset_call_counts",
     "rms_norm",
+    "selective_state_update",
     "supports",
     "use_backend",
 ]

@@ -1,0 +1,323 @@
+"""mlp_projector: Linear, GELU, Linear, ... over K feature tensors read as one. ldp_projector: two layers, an adaptive average
+pool of the token grid and a depthwise 3x3 with residual."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ...checks import check_first, check_floats, name_of, requires_grad, shape_error
+from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...errors import ArgumentError, DtypeError, ShapeError
+from ...library import OPS, define, differentiable, first_order_only, implement
+from . import cpu_kernel, reference
+
+MLP, LDP = "mlp_projector", "ldp_projector"
+
+
+def mlp_projector(
+    features: torch.Tensor | Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] | None,
+    *,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Multi-layer perceptron from vision features to the language model's width.
+
+    Args:
+        features: (..., v), or K tensors (..., v_k) with equal leading dims and dtype, read as if concatenated on the last dim;
+            fp32, bf16, fp16, or fp64 on `reference` and `cpu`; any strides.
+        weights: n >= 1 matrices (out_i, in_i) as nn.Linear holds them; in_0 = sum of v_k, in_i = out_(i-1).
+        biases: n vectors (out_i,), each may be None; or None.
+        backend: "reference", "cpu", "triton", "cuda", or None for the default of the features' device.
+
+    Returns:
+        (..., out_n), dtype of the features, contiguous. Exact (erf) GELU between layers, none after the last: n = 1 is Cobra's
+        `linear`, 2 `gelu-mlp`, 3 `fused-gelu-mlp`. Sums are fp32; what a layer hands to the next is rounded to the features' dtype.
+
+    Nothing is mutated. Gradients (first order): every feature, weight and bias. Under autocast every operand is cast to the
+    autocast dtype first, as nn.Linear would.
+    Raises ShapeError, DtypeError, ArgumentError, BackendUnavailable.
+    In torch: `nn.Sequential(nn.Linear(..), nn.GELU(), nn.Linear(..), ...)(torch.cat(features, -1))`.
+    Upstream: Cobra `LinearProjector`, `MLPProjector`, `FusedMLPProjector`.
+    """
+    features, weights, biases, name = _plan_mlp(features, weights, biases, backend)
+    dtype = _autocast_dtype(features[0])
+    if dtype is not None:
+        features, weights, biases = (_cast(tensors, dtype) for tensors in (features, weights, biases))
+        with torch.autocast(features[0].device.type, enabled=False):
+            return mlp_projector(features, weights, biases, backend=name)
+    if name == "reference":
+        count(MLP, name)
+        return reference.mlp_projector(features, weights, biases)
+    if requires_grad(*features, *weights, *biases):
+        return OPS.mlp_projector.default(features, weights, biases, name)
+    return _MLP_FORWARD[name](features, weights, biases)
+
+
+def ldp_projector(
+    features: torch.Tensor | Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] | None,
+    peg_weight: torch.Tensor,
+    peg_bias: torch.Tensor | None,
+    *,
+    grid: tuple[int, int] | None = None,
+    out_grid: tuple[int, int] = (14, 14),
+    backend: str | None = None,
+) -> torch.Tensor:
+    """Downsampling projector: Linear, GELU, Linear, adaptive average pool of the token grid, depthwise 3x3 plus residual.
+
+    Args:
+        features: (batch, H*W, v), tokens row-major, or K tensors (batch, H*W, v_k) as for mlp_projector.
+        weights: two matrices (hidden, v), (out, hidden).
+        biases: two vectors, each may be None; or None.
+        peg_weight: (out, 1, 3, 3), positional encoding generator: one 3x3 filter per channel, zero padding 1.
+        peg_bias: (out,) or None.
+        grid: (H, W); the square root of the token count when absent.
+        out_grid: (h, w). Bin i of an axis covers floor(i H/h) .. ceil((i+1) H/h): bins overlap when h does not divide H.
+        backend: as for mlp_projector.
+
+    Returns:
+        (batch, h*w, out), dtype of the features, contiguous. `reference` pools after the second layer, as upstream; kernels pool
+        before it, which is the same up to rounding (the layer is affine and a bin's weights sum to 1) and costs less.
+
+    Nothing is mutated. Gradients (first order): every feature, weight and bias, peg_weight and peg_bias. Autocast as for
+    mlp_projector. Raises ShapeError, DtypeError, ArgumentError, BackendUnavailable.
+    In torch: `p = F.adaptive_avg_pool2d(mlp(features) as (batch, out, H, W), out_grid)`,
+    `p + F.conv2d(p, peg_weight, peg_bias, padding=1, groups=out)`. Upstream: Cobra `FusedLDPProjector`.
+    Source: Chu et al., MobileVLM V2, arXiv 2402.03766; Chu et al., arXiv 2102.10882 (positional encoding generator).
+    """
+    features, weights, biases, grid, out_grid, name = _plan_ldp(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend)
+    dtype = _autocast_dtype(features[0])
+    if dtype is not None:
+        features, weights, biases, (peg_weight, peg_bias) = (
+            _cast(tensors, dtype) for tensors in (features, weights, biases, (peg_weight, peg_bias))
+        )
+        with torch.autocast(features[0].device.type, enabled=False):
+            return ldp_projector(
+                features, weights, biases, peg_weight, peg_bias, grid=grid, out_grid=out_grid, backend=name
+            )  # fmt: skip
+    if name == "reference":
+        count(LDP, name)
+        return reference.ldp_projector(features, weights, biases, peg_weight, peg_bias, grid, out_grid)
+    if requires_grad(*features, *weights, *biases, peg_weight, peg_bias):
+        return OPS.ldp_projector.default(features, weights, biases, peg_weight, peg_bias, grid, out_grid, name)
+    return _LDP_FORWARD[name](features, weights, biases, peg_weight, peg_bias, grid, out_grid)
+
+
+def plan_mlp(features, weights, biases, *, backend=None):
+    """The backend that `mlp_projector` of these arguments would run on; raises as it would. For supports()."""
+    return _plan_mlp(features, weights, biases, backend)[-1]
+
+
+def plan_ldp(features, weights, biases, peg_weight, peg_bias, *, grid=None, out_grid=(14, 14), backend=None):
+    """The backend that `ldp_projector` of these arguments would run on; raises as it would. For supports()."""
+    return _plan_ldp(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend)[-1]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _check_layers(op, features, weights, biases) -> tuple[list, list, list]:
+    """Everything as lists, after checking types, dtypes and the chain of shapes."""
+    features = [features] if isinstance(features, torch.Tensor) else list(features)
+    if not features:
+        raise ArgumentError(f"{op}: features is empty, expected a tensor or a sequence of tensors")
+    first = features[0]
+    check_first(op, "features[0]", first)
+    weights = list(weights)
+    if not weights:
+        raise ArgumentError(f"{op}: weights is empty, expected one matrix (out, in) per layer")
+    biases = [None] * len(weights) if biases is None else list(biases)
+    if len(biases) != len(weights):
+        raise ArgumentError(f"{op}: biases has {len(biases)} entries, expected {len(weights)}, one per weight, or None")
+    named = {f"features[{k}]": t for k, t in enumerate(features)} | {f"weights[{i}]": t for i, t in enumerate(weights)}
+    for name, tensor in named.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise DtypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
+    check_floats(op, "features[0]", first, **named, **{f"biases[{i}]": t for i, t in enumerate(biases)})
+
+    if first.dim() == 0:
+        raise ShapeError(f"{op}: features[0] has no dims, expected (..., v)")
+    for k, feature in enumerate(features[1:], 1):
+        if feature.dtype != first.dtype:
+            raise DtypeError(f"{op}: features[{k}] has dtype {name_of(feature.dtype)}, features[0] has {name_of(first.dtype)}")
+        if feature.shape[:-1] != first.shape[:-1] or feature.dim() != first.dim():
+            raise ShapeError(
+                f"{op}: features[{k}] has shape {tuple(feature.shape)}, expected {tuple(first.shape[:-1])} before its last dim; "
+                f"the leading dims come from features[0]"
+            )
+    width, source = sum(feature.shape[-1] for feature in features), "the last dims of features, summed"
+    for i, (weight, bias) in enumerate(zip(weights, biases)):
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise shape_error(op, f"weights[{i}]", weight, **{f"out_{i}": f"out_{i}", f"in_{i}": width}, why=f"in_{i} is {source}")
+        width, source = weight.shape[0], f"out_{i} of weights[{i}]"
+        if bias is not None and bias.shape != (width,):
+            raise shape_error(op, f"biases[{i}]", bias, **{f"out_{i}": width}, why=f"out_{i} comes from weights[{i}]")
+    return features, weights, biases
+
+
+def _plan_mlp(features, weights, biases, backend) -> tuple[list, list, list, str]:
+    features, weights, biases = _check_layers(MLP, features, weights, biases)
+    return features, weights, biases, select(MLP, BACKENDS, backend, features[0])
+
+
+def _check_grid(name, grid) -> tuple[int, int]:
+    sizes = tuple(grid) if isinstance(grid, Sequence) else (grid,)
+    if len(sizes) != 2 or not all(isinstance(size, (int, torch.SymInt)) and size >= 1 for size in sizes):
+        raise ArgumentError(f"{LDP}: {name} is {grid!r}, expected two integers >= 1 (rows, columns)")
+    return sizes
+
+
+def _plan_ldp(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend) -> tuple:
+    features, weights, biases = _check_layers(LDP, features, weights, biases)
+    first = features[0]
+    if len(weights) != 2:
+        raise ArgumentError(f"{LDP}: weights has {len(weights)} entries, expected 2: (hidden, v), (out, hidden)")
+    if first.dim() != 3:
+        raise ShapeError(f"{LDP}: features[0] has shape {tuple(first.shape)}, expected (batch, H*W, v)")
+    if not isinstance(peg_weight, torch.Tensor):
+        raise DtypeError(f"{LDP}: peg_weight is {type(peg_weight).__name__}, expected a torch.Tensor")
+    check_floats(LDP, "features[0]", first, peg_weight=peg_weight, peg_bias=peg_bias)
+    out, tokens = weights[1].shape[0], first.shape[1]
+    if peg_weight.shape != (out, 1, 3, 3):
+        raise shape_error(LDP, "peg_weight", peg_weight, out=out, one="1", rows="3", columns="3", why="out comes from weights[1]")
+    if peg_bias is not None and peg_bias.shape != (out,):
+        raise shape_error(LDP, "peg_bias", peg_bias, out=out, why="out comes from weights[1]")
+    out_grid = _check_grid("out_grid", out_grid)
+    if grid is None:
+        side = math.isqrt(tokens)
+        if side * side != tokens or side == 0:
+            raise ShapeError(f"{LDP}: features[0] has {tokens} tokens, which is not a square >= 1; pass grid=(H, W)")
+        grid = (side, side)
+    grid = _check_grid("grid", grid)
+    if grid[0] * grid[1] != tokens:
+        raise ShapeError(f"{LDP}: features[0] has {tokens} tokens, expected H*W={grid[0] * grid[1]}; H and W come from grid={grid}")
+    return features, weights, biases, grid, out_grid, select(LDP, BACKENDS, backend, first)
+
+
+def _autocast_dtype(first: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for, where it is on. It leaves fp64 alone."""
+    device = first.device.type
+    if first.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensors, dtype: torch.dtype) -> list:
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+_CPU_GRADIENTS = "recomputation and the library's matrix products (no fused kernel)"
+BACKENDS = {
+    "reference": Backend(reference_reason, gradients="autograd of the reference"),
+    "cpu": Backend(cpu_reason, gradients=_CPU_GRADIENTS),
+    "triton": Backend(no_kernel, gradients="none"),
+    "cuda": Backend(no_kernel, gradients="none"),
+}
+
+
+# --- torch ops -------------------------------------------------------------------------------------------------------
+
+_LAYERS = "Tensor[] features, Tensor[] weights, Tensor?[] biases"
+_PEG = "Tensor peg_weight, Tensor? peg_bias, SymInt[2] grid, SymInt[2] out_grid"
+
+
+def _mlp_fake(features, weights, biases, backend=None):
+    return features[0].new_empty((*features[0].shape[:-1], weights[-1].shape[0]))
+
+
+def _ldp_fake(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend=None):
+    return features[0].new_empty((features[0].shape[0], out_grid[0] * out_grid[1], weights[-1].shape[0]))
+
+
+def _gradients_fake(dy, *arguments):
+    *inputs, wanted = arguments
+    tensors = [t for group in inputs for t in (group if isinstance(group, (list, tuple)) else [group])]
+    tensors = [t for t in tensors if t is None or isinstance(t, torch.Tensor)]  # without the grids
+    return [t.new_empty(t.shape) for t, want in zip(tensors, wanted) if want]
+
+
+def _counted(op, function):
+    def run(*arguments):
+        count(op, "cpu")
+        return function(*arguments)
+
+    return run
+
+
+define(f"mlp_projector_fwd({_LAYERS}) -> Tensor", _mlp_fake)
+define(f"ldp_projector_fwd({_LAYERS}, {_PEG}) -> Tensor", _ldp_fake)
+# The gradients of the tensors that `wanted` marks, in the order of the arguments.
+define(f"mlp_projector_bwd(Tensor dy, {_LAYERS}, bool[] wanted) -> Tensor[]", _gradients_fake)
+define(f"ldp_projector_bwd(Tensor dy, {_LAYERS}, {_PEG}, bool[] wanted) -> Tensor[]", _gradients_fake)
+for _op in (MLP, LDP):
+    implement(f"{_op}_fwd", _counted(_op, getattr(cpu_kernel, f"{_op}_fwd")), "CPU")
+    implement(f"{_op}_bwd", _counted(f"{_op}_bwd", getattr(cpu_kernel, f"{_op}_bwd")), "CPU")
+    first_order_only(f"{_op}_bwd")
+
+_MLP_FORWARD = {"cpu": OPS.mlp_projector_fwd.default}
+_MLP_BACKWARD = {"cpu": OPS.mlp_projector_bwd.default}
+_LDP_FORWARD = {"cpu": OPS.ldp_projector_fwd.default}
+_LDP_BACKWARD = {"cpu": OPS.ldp_projector_bwd.default}
+
+
+def _mlp_differentiable(features, weights, biases, backend):
+    return _MLP_FORWARD[backend](features, weights, biases)
+
+
+def _ldp_differentiable(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend):
+    return _LDP_FORWARD[backend](features, weights, biases, peg_weight, peg_bias, grid, out_grid)
+
+
+def _save(ctx, features, weights, biases, *others) -> None:
+    tensors = [*features, *weights, *biases, *others]
+    ctx.counts = (len(features), len(weights))
+    ctx.wanted = [t is not None and t.requires_grad for t in tensors]
+    ctx.save_for_backward(*tensors)
+
+
+def _saved(ctx) -> tuple[list, list, list, list]:
+    k, n = ctx.counts
+    tensors = list(ctx.saved_tensors)
+    return tensors[:k], tensors[k : k + n], tensors[k + n : k + 2 * n], tensors[k + 2 * n :]
+
+
+def _placed(ctx, gradients) -> tuple[list, list, list, list]:
+    """Gradients of the wanted tensors -> one list per argument, None elsewhere."""
+    k, n = ctx.counts
+    gradients = iter(gradients)
+    placed = [next(gradients) if want else None for want in ctx.wanted]
+    return placed[:k], placed[k : k + n], placed[k + n : k + 2 * n], placed[k + 2 * n :]
+
+
+def _mlp_setup_context(ctx, inputs, output):
+    features, weights, biases, ctx.backend = inputs
+    _save(ctx, features, weights, biases)
+
+
+def _mlp_backward(ctx, dy):
+    features, weights, biases, _ = _saved(ctx)
+    dfeatures, dweights, dbiases, _ = _placed(ctx, _MLP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.wanted))
+    return dfeatures, dweights, dbiases, None
+
+
+def _ldp_setup_context(ctx, inputs, output):
+    features, weights, biases, peg_weight, peg_bias, ctx.grid, ctx.out_grid, ctx.backend = inputs
+    _save(ctx, features, weights, biases, peg_weight, peg_bias)
+
+
+def _ldp_backward(ctx, dy):
+    features, weights, biases, peg = _saved(ctx)
+    gradients = _LDP_BACKWARD[ctx.backend](dy, features, weights, biases, *peg, ctx.grid, ctx.out_grid, ctx.wanted)
+    dfeatures, dweights, dbiases, (dpeg_weight, dpeg_bias) = _placed(ctx, gradients)
+    return dfeatures, dweights, dbiases, dpeg_weight, dpeg_bias, None, None, None
+
+
+define(f"mlp_projector({_LAYERS}, str backend) -> Tensor", _mlp_fake)
+differentiable(MLP, _mlp_differentiable, setup_context=_mlp_setup_context, backward=_mlp_backward)
+define(f"ldp_projector({_LAYERS}, {_PEG}, str backend) -> Tensor", _ldp_fake)
+differentiable(LDP, _ldp_differentiable, setup_context=_ldp_setup_context, backward=_ldp_backward)
