@@ -76,7 +76,7 @@ def test_logits_equal_transformers(overrides, batch, seqlen):
     ids = make_ids(batch, seqlen, vocab=lm.config.vocab_size)
     expected = hugging_face(lm)(ids).logits
     assert_same_logits(lm(ids).logits, expected)
-    logits, state = lm.prefill(ids)
+    logits, _ = lm.prefill(ids)
     assert_same_logits(logits, expected[:, -1])
 
 
