@@ -15,7 +15,7 @@ namespace cobra::COBRA_LEVEL {
 namespace {
 
 constexpr int64_t kChannels = 64;  // of a tile; a multiple of every vector width
-constexpr int64_t kStates = 256;   // of B and C staged at a time
+constexpr int64_t kStates = 256;   // along dstate, staged at a time; a multiple of every vector width
 
 // Element of (a0 a1 .. b0 b1 ..) that output lane i takes from two vectors: every other one, from `first` on.
 template <class T>
@@ -38,73 +38,52 @@ template <class T>
 struct Tile {
   alignas(kVecBytes) T x[kChannels] = {}, dt[kChannels] = {}, dtx[kChannels], y[kChannels], row[kChannels] = {};
 };
+
+// Rows along dstate in compute precision, zero-padded to whole vectors.
 template <class T>
-struct Projections {
-  alignas(kVecBytes) T B[kStates], C[kStates];  // zero beyond dstate
-};
+struct Staged {
+  static constexpr int kRows = Vec<T>::kWidth;
+  alignas(kVecBytes) T data[kRows][kStates];
 
-// How a channel's states and A are read: contiguous fp32 (fp64), contiguous 16-bit, or element by element.
-template <class T, class S, bool kContiguous>
-struct Along {
-  using Pointer = S*;
-  static COBRA_INLINE Vec<T> get(const S* p, int64_t n, int64_t left, int64_t stride) {
-    if (kContiguous && left >= Vec<T>::kWidth) return load(p + n);
-    return load_n(p + n * stride, std::min<int64_t>(left, Vec<T>::kWidth), stride);
-  }
-  static COBRA_INLINE void set(S* p, Vec<T> h, int64_t n, int64_t left, int64_t stride) {
-    if (kContiguous && left >= Vec<T>::kWidth) return store(p + n, h);
-    store_n(p + n * stride, h, std::min<int64_t>(left, Vec<T>::kWidth), stride);
+  void read(int row, const void* src, DType dtype, int64_t offset, int64_t stride, int64_t states) {
+    load_row(data[row], src, dtype, offset, stride, states);
+    std::fill(data[row] + states, data[row] + (states + kRows - 1) / kRows * kRows, T(0));
   }
 };
 
-// h = decay * h + dtx B and y += sum_n C h for the states [0, states) of `channels` channels.
-template <class T, class S, class SA, bool kContiguous>
-void step_states(S* state, int64_t state_dim, int64_t state_dstate, const SA* A, int64_t A_dim, int64_t A_dstate,
-                 const Projections<T>& projections, Tile<T>& tile, int64_t channels, int64_t states) {
+// h = decay h + dtx B in place; lane c of the result is sum_n C h of channel c, 0 for c >= channels. Whole vectors only.
+// kVectors along dstate are known in the common cases, so that B and C stay in registers; 0: `vectors` of them.
+// kTied: `A` holds the decay of each channel, one number, instead of its row of A.
+template <class T, class S, int kVectors, bool kTied>
+Vec<T> step(S* state, int64_t state_dim, const T* A, int64_t A_dim, const T* B, const T* C, const T* dt, const T* dtx, int64_t channels,
+            int64_t vectors) {
   constexpr int kWidth = Vec<T>::kWidth;
-  using State = Along<T, S, kContiguous>;
-  using Decay = Along<T, SA, kContiguous>;
-  const T log2e = T(1.442695040888963407);
-  for (int64_t c0 = 0; c0 < channels; c0 += kWidth) {
-    Vec<T> sums[kWidth];
-    for (int c = 0; c < kWidth; ++c) {
-      sums[c] = T(0);
-      if (c0 + c >= channels) continue;
-      S* const h_row = state + (c0 + c) * state_dim;
-      const SA* const A_row = A + (c0 + c) * A_dim;
-      const Vec<T> dt = tile.dt[c0 + c] * log2e, dtx = tile.dtx[c0 + c];
-      for (int64_t n = 0; n < states; n += kWidth) {
-        const Vec<T> decay = exp2(dt * Decay::get(A_row, n, states - n, A_dstate));
-        const Vec<T> h = fma(decay, State::get(h_row, n, states - n, state_dstate), dtx * load(projections.B + n));
-        State::set(h_row, h, n, states - n, state_dstate);
-        sums[c] = fma(h, load(projections.C + n), sums[c]);
-      }
+  const Vec<T> log2e = T(1.442695040888963407);
+  const int64_t states = (kVectors ? kVectors : vectors) * kWidth;
+  Vec<T> sums[kWidth];
+  for (int64_t c = 0; c < channels; ++c) {
+    const Vec<T> dt2 = Vec<T>(dt[c]) * log2e, input = dtx[c];
+    Vec<T> sum = T(0);
+    for (int64_t n = 0; n < states; n += kWidth) {
+      const Vec<T> decay = kTied ? Vec<T>(A[c]) : exp2(dt2 * load(A + c * A_dim + n));
+      const Vec<T> h = fma(decay, load(state + c * state_dim + n), input * load(B + n));
+      store(state + c * state_dim + n, h);
+      sum = fma(h, load(C + n), sum);
     }
-    store(tile.y + c0, load(tile.y + c0) + sum_each(sums));
+    sums[c] = sum;
   }
+  for (int64_t c = channels; c < kWidth; ++c) sums[c] = T(0);
+  return sum_each(sums);
 }
 
-// As step_states where A is one number per channel (stride 0 along dstate): one exponential per channel.
-template <class T, class S, bool kContiguous>
-void step_tied(S* state, int64_t state_dim, int64_t state_dstate, const T* decays, const Projections<T>& projections, Tile<T>& tile,
-               int64_t channels, int64_t states) {
-  constexpr int kWidth = Vec<T>::kWidth;
-  using State = Along<T, S, kContiguous>;
-  for (int64_t c0 = 0; c0 < channels; c0 += kWidth) {
-    Vec<T> sums[kWidth];
-    for (int c = 0; c < kWidth; ++c) {
-      sums[c] = T(0);
-      if (c0 + c >= channels) continue;
-      S* const h_row = state + (c0 + c) * state_dim;
-      const Vec<T> decay = decays[c0 + c], dtx = tile.dtx[c0 + c];
-      for (int64_t n = 0; n < states; n += kWidth) {
-        const Vec<T> h = fma(decay, State::get(h_row, n, states - n, state_dstate), dtx * load(projections.B + n));
-        State::set(h_row, h, n, states - n, state_dstate);
-        sums[c] = fma(h, load(projections.C + n), sums[c]);
-      }
-    }
-    store(tile.y + c0, load(tile.y + c0) + sum_each(sums));
-  }
+template <class T, class S>
+Vec<T> step(bool tied, S* state, int64_t state_dim, const T* A, int64_t A_dim, const T* B, const T* C, const T* dt, const T* dtx,
+            int64_t channels, int64_t vectors) {
+  const auto run = tied           ? step<T, S, 0, true>
+                   : vectors == 1 ? step<T, S, 1, false>
+                   : vectors == 2 ? step<T, S, 2, false>
+                                  : step<T, S, 0, false>;
+  return run(state, state_dim, A, A_dim, B, C, dt, dtx, channels, vectors);
 }
 
 template <class T, class F>
@@ -112,21 +91,54 @@ COBRA_INLINE void each_vector(F&& f) {
   for (int64_t i = 0; i < kChannels; i += Vec<T>::kWidth) f(i);
 }
 
-// f(typed null pointer) for the element type of a tensor.
-template <class T, class F>
-COBRA_INLINE void with_type(DType dtype, F&& f) {
-  if constexpr (std::is_same_v<T, double>) {
-    f(static_cast<double*>(nullptr));
-  } else {
-    switch (dtype) {
-      case DType::kBFloat16: return f(static_cast<bf16*>(nullptr));
-      case DType::kFloat16: return f(static_cast<fp16*>(nullptr));
-      default: return f(static_cast<float*>(nullptr));
+int64_t offset(const StateStride& s, int64_t batch, int64_t head, int64_t dim) { return batch * s.batch + head * s.head + dim * s.dim; }
+
+// The recurrence of one tile for `states` states from n0 on; tile.y collects sum_n C h. State and A are used where they lie
+// when they are whole contiguous vectors (A in the compute type), else through a staged copy.
+template <class T>
+void step_tile(const SelectiveStateUpdateParams& p, int64_t row, int64_t head, int64_t d0, int64_t channels, int64_t n0, int64_t states,
+               bool tied, const T* B, const T* C, Tile<T>& tile) {
+  constexpr int kWidth = Vec<T>::kWidth;
+  constexpr DType kCompute = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
+  const int64_t vectors = (states + kWidth - 1) / kWidth;
+  const bool whole = states % kWidth == 0;
+  const bool state_in_place = whole && p.state_stride.dstate == 1;
+  const bool A_in_place = whole && p.A_stride.dstate == 1 && p.A_dtype == kCompute;
+  Staged<T> staged_state, staged_A;
+
+  for (int64_t c0 = 0; c0 < channels; c0 += kWidth) {
+    const int count = int(std::min<int64_t>(kWidth, channels - c0));
+    const int64_t state_at = offset(p.state_stride, row, head, d0 + c0) + n0 * p.state_stride.dstate;
+    const int64_t A_at = offset(p.A_stride, 0, head, d0 + c0) + n0 * p.A_stride.dstate;
+    const T* A = tile.row + c0;
+    int64_t A_dim = 0;
+    if (!tied && A_in_place) {
+      A = static_cast<const T*>(p.A) + A_at;
+      A_dim = p.A_stride.dim;
+    } else if (!tied) {
+      for (int c = 0; c < count; ++c) staged_A.read(c, p.A, p.A_dtype, A_at + c * p.A_stride.dim, p.A_stride.dstate, states);
+      A = staged_A.data[0];
+      A_dim = kStates;
     }
+    const auto run = [&](auto* state, int64_t state_dim) {
+      return step(tied, state, state_dim, A, A_dim, B, C, tile.dt + c0, tile.dtx + c0, count, vectors);
+    };
+    Vec<T> sums;
+    if (!state_in_place) {
+      for (int c = 0; c < count; ++c)
+        staged_state.read(c, p.state, p.state_dtype, state_at + c * p.state_stride.dim, p.state_stride.dstate, states);
+      sums = run(staged_state.data[0], kStates);
+      for (int c = 0; c < count; ++c)
+        store_row(p.state, p.state_dtype, state_at + c * p.state_stride.dim, p.state_stride.dstate, staged_state.data[c], states);
+    } else if (p.state_dtype == kCompute) {
+      sums = run(static_cast<T*>(p.state) + state_at, p.state_stride.dim);
+    } else if constexpr (std::is_same_v<T, float>) {
+      sums = p.state_dtype == DType::kBFloat16 ? run(static_cast<bf16*>(p.state) + state_at, p.state_stride.dim)
+                                               : run(static_cast<fp16*>(p.state) + state_at, p.state_stride.dim);
+    }
+    store(tile.y + c0, load(tile.y + c0) + sums);
   }
 }
-
-int64_t offset(const StateStride& s, int64_t batch, int64_t head, int64_t dim) { return batch * s.batch + head * s.head + dim * s.dim; }
 
 template <class T>
 void update_tile(const SelectiveStateUpdateParams& p, int64_t batch, int64_t head, int64_t d0) {
@@ -151,39 +163,19 @@ void update_tile(const SelectiveStateUpdateParams& p, int64_t batch, int64_t hea
     store(tile.dtx + i, dt * load(tile.x + i));
     store(tile.y + i, Vec<T>(T(0)));
   });
-  const bool tied = p.A_stride.dstate == 0 && p.dstate > 1;
+  const bool tied = p.A_stride.dstate == 0 && p.dstate > 1;  // one A, hence one decay, per channel
   if (tied) {
     read(tile.row, p.A, p.A_dtype, p.A_stride);
     each_vector<T>([&](int64_t i) { store(tile.row + i, exp(load(tile.dt + i) * load(tile.row + i))); });
   }
 
   const int64_t group = head / (p.heads / p.groups);
-  const bool contiguous = p.state_stride.dstate == 1 && (tied || p.A_stride.dstate == 1);
-  Projections<T> projections;
+  Staged<T> projections;  // row 0: B, row 1: C
   for (int64_t n0 = 0; n0 < p.dstate; n0 += kStates) {
     const int64_t states = std::min(kStates, p.dstate - n0);
-    const int64_t padded = (states + Vec<T>::kWidth - 1) / Vec<T>::kWidth * Vec<T>::kWidth;
-    std::fill(projections.B + states, projections.B + padded, T(0));
-    std::fill(projections.C + states, projections.C + padded, T(0));
-    load_row(projections.B, p.B, p.B_dtype, offset(p.B_stride, batch, group, 0) + n0 * p.B_stride.dstate, p.B_stride.dstate, states);
-    load_row(projections.C, p.C, p.C_dtype, offset(p.C_stride, batch, group, 0) + n0 * p.C_stride.dstate, p.C_stride.dstate, states);
-    const int64_t state_at = offset(p.state_stride, row, head, d0) + n0 * p.state_stride.dstate;
-    const int64_t A_at = offset(p.A_stride, 0, head, d0) + n0 * p.A_stride.dstate;
-    with_type<T>(p.state_dtype, [&](auto* state_type) {
-      using S = std::remove_pointer_t<decltype(state_type)>;
-      S* const state = static_cast<S*>(p.state) + state_at;
-      if (tied) {
-        const auto step = contiguous ? step_tied<T, S, true> : step_tied<T, S, false>;
-        step(state, p.state_stride.dim, p.state_stride.dstate, tile.row, projections, tile, channels, states);
-        return;
-      }
-      with_type<T>(p.A_dtype, [&](auto* A_type) {
-        using SA = std::remove_pointer_t<decltype(A_type)>;
-        const auto step = contiguous ? step_states<T, S, SA, true> : step_states<T, S, SA, false>;
-        step(state, p.state_stride.dim, p.state_stride.dstate, static_cast<const SA*>(p.A) + A_at, p.A_stride.dim, p.A_stride.dstate,
-             projections, tile, channels, states);
-      });
-    });
+    projections.read(0, p.B, p.B_dtype, offset(p.B_stride, batch, group, 0) + n0 * p.B_stride.dstate, p.B_stride.dstate, states);
+    projections.read(1, p.C, p.C_dtype, offset(p.C_stride, batch, group, 0) + n0 * p.C_stride.dstate, p.C_stride.dstate, states);
+    step_tile(p, row, head, d0, channels, n0, states, tied, projections.data[0], projections.data[1], tile);
   }
 
   if (p.D) {
