@@ -383,7 +383,7 @@ class Mamba(nn.Module):
         if self._A_cache is not None and not wants_grad:
             source, version, A = self._A_cache
             # Of one storage, so of one address for as long as `source` is held, and not written since.
-            if source.data_ptr() == A_log.data_ptr() and source.dtype == A_log.dtype and version == _version(A_log):
+            if source.data_ptr() == A_log.data_ptr() and version == _version(A_log):
                 return A
         self._warn_if_half()
         A = -torch.exp(A_log.to(compute_dtype(A_log.dtype)))
