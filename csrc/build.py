@@ -239,12 +239,16 @@ HOST_FLAGS = {
     "asan": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=thread"],
 }
-EMULATED_FLAGS = ["-x", "c++", "-Wno-unknown-pragmas"]  # a .cu file as the emulator (csrc/simt) compiles it
 
 
 def host_module(target: str) -> Path:
     """Where `build_host(target)` puts the module."""
     return ROOT / "build" / target / f"cobra_kernels_host{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def host_rooms() -> list[str]:
+    """The rooms that have a host/<op>_host.cpp; the emulator's own probe is not one."""
+    return [path.name.removesuffix("_host.cpp") for path in sorted(CSRC.glob("host/*_host.cpp")) if path.name != "probe_host.cpp"]
 
 
 def host_glue_objects(cxx: str) -> list[Path]:
@@ -261,14 +265,18 @@ def host_glue_objects(cxx: str) -> list[Path]:
     return objects
 
 
-def host_rooms() -> list[str]:
-    """The rooms that have a host/<op>_host.cpp; the emulator's own probe is not one."""
-    return [path.name.removesuffix("_host.cpp") for path in sorted(CSRC.glob("host/*_host.cpp")) if path.name != "probe_host.cpp"]
+def emulated_flags(target: str) -> list[str]:
+    """How the emulator (csrc/simt) compiles a .cu file."""
+    return ["-x", "c++", *CXX_FLAGS, "-O1", "-Wno-unknown-pragmas", f"-I{CSRC}", *HOST_FLAGS[target]]
 
 
-def emulated_sources() -> list[Path]:
-    """The .cu files of those rooms, and the probe's."""
-    return [path for room in host_rooms() for path in sorted(CSRC.glob(f"{room}/*_cuda*.cu"))] + [CSRC / "simt" / "probe.cu"]
+def emulated_objects(cxx: str, target: str) -> list[Path]:
+    """The .cu files of the host module's rooms, and the probe's, as C++."""
+    ninja = Ninja(f"{target}-emulated")
+    sources = [path for room in host_rooms() for path in sorted(CSRC.glob(f"{room}/*_cuda*.cu"))]
+    objects = [ninja.compile(source, cxx, emulated_flags(target)) for source in [*sources, CSRC / "simt" / "probe.cu"]]
+    ninja.run()
+    return objects
 
 
 def runnable_levels() -> list[str]:
@@ -280,23 +288,26 @@ def runnable_levels() -> list[str]:
     return [level for level in LEVELS if level == "scalar" or {"avx2": "avx2", "avx512": "avx512vl"}[level] in words]
 
 
+def host_cpu_objects(cxx: str, target: str) -> list[Path]:
+    """The CPU kernels of the host module's rooms. A level that cannot run here is not on trial: no sanitizer, to save time."""
+    levels = LEVELS if target == "host" else runnable_levels()
+    rest = [level for level in LEVELS if level not in levels]
+    ninja = Ninja(f"{target}-cpu")
+    objects = cpu_kernel_objects(ninja, cxx, HOST_FLAGS[target], levels, host_rooms())
+    if rest:
+        objects += cpu_kernel_objects(ninja, cxx, ["-O0"], rest, host_rooms())[1:]
+    ninja.run()
+    return objects
+
+
 def build_host(target: str) -> str:
     """Builds cobra_kernels_host plain ("host") or under a sanitizer ("asan", "tsan")."""
     cxx = find_cxx()
     if cxx is None:
         raise BuildError("no C++ compiler found (g++, c++ or $CXX)")
-    glue = host_glue_objects(cxx)
-    ninja, extra = Ninja(target), HOST_FLAGS[target]
-    # A level that cannot run here cannot be on trial: a sanitizer build links it as the plain build made it.
-    levels = LEVELS if target == "host" else runnable_levels()
-    rest = [level for level in LEVELS if level not in levels]
-    objects = cpu_kernel_objects(ninja, cxx, extra, levels, host_rooms())
-    if rest:
-        build_host("host")
-        objects += cpu_kernel_objects(Ninja("host"), cxx, HOST_FLAGS["host"], rest, host_rooms())[1:]
-    for source in emulated_sources():
-        objects.append(ninja.compile(source, cxx, [*EMULATED_FLAGS, *CXX_FLAGS, f"-I{CSRC}", *extra]))
-    ninja.link(host_module(target), cxx, [*glue, *objects], [*extra, "-lpthread"])
+    objects = [*host_glue_objects(cxx), *emulated_objects(cxx, target), *host_cpu_objects(cxx, target)]
+    ninja = Ninja(target)
+    ninja.link(host_module(target), cxx, objects, [*HOST_FLAGS[target], "-lpthread"])
     ninja.run()
     return f"cobra_kernels_host: {host_module(target).relative_to(ROOT)}"
 

@@ -7,6 +7,7 @@ a tensor poisons its result, what it writes beyond one is found by `Tensor.check
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,8 @@ BITS = {2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 # tests/tolerances.py for a process without torch; test_simt.py holds the two equal.
 OUTPUT = {"fp32": 1e-6, "bf16": 2.9e-3, "fp16": 3.7e-4, "fp64": 1e-13}
 GRADIENT = {"fp32": 1e-5, "bf16": 2.9e-3, "fp16": 3.7e-4, "fp64": 1e-12}
+
+MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.11 has it; Linux has one value
 
 LAYOUTS = ("contiguous", "padded", "transposed", "sliced", "unaligned", "expanded")
 
@@ -116,6 +119,17 @@ class Tensor:
             np.lib.stride_tricks.as_strided(inside[start:], self.array.shape, [s // item for s in self.array.strides])[...] = True
         touched = np.flatnonzero((self.buffer != self.before) & ~inside)
         assert touched.size == 0, f"{what}: the kernel wrote outside the tensor, at buffer elements {touched[:5].tolist()} of {len(inside)}"
+
+
+def sparse_rows(rows: int, dim: int, step: int) -> np.ndarray:
+    """fp16 (rows, dim), rows `step` elements apart in reserved address space; only the pages touched take memory.
+
+    2^31 elements lie before row 0, so an offset cut to 32 bits stays inside, reads zeros and gives a wrong result.
+    """
+    before = 2**31
+    memory = mmap.mmap(-1, 2 * (before + (rows - 1) * step + dim), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    flat = np.frombuffer(memory, np.float16)
+    return np.lib.stride_tricks.as_strided(flat[before:], (rows, dim), (2 * step, 2))
 
 
 def check_close(got: Tensor, expected: np.ndarray, limit: float, what: str) -> None:
