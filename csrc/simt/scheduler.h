@@ -8,9 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <vector>
 
 #include "simt/fiber.h"
 #include "simt/language.h"
@@ -67,13 +65,15 @@ struct Block {
   int shared_count = 0;
   size_t shared_bytes = 0;
   void* dynamic = nullptr;
+
+  Block* next_slot = nullptr;
 };
 
 // Everything that one OS thread needs to launch kernels. Fibers are parked between blocks and launches, not remade.
 struct Machine {
   Fiber host;
-  std::vector<std::unique_ptr<Block>> slots;
-  size_t slot_count = 0;  // in use by this launch
+  Block* slots = nullptr;  // list, grows to the largest number of resident blocks
+  int64_t slot_count = 0;  // in use by this launch
 
   // The launch that runs now.
   dim3 grid, block;
@@ -81,8 +81,8 @@ struct Machine {
   size_t dynamic_bytes = 0;
   void (*call)(const void*) = nullptr;  // runs the kernel with the launch's arguments
   const void* arguments = nullptr;
-  std::vector<int64_t> block_order;
-  int64_t blocks_started = 0, blocks_done = 0, steps = 0, step_limit = 0;
+  const int64_t* block_order = nullptr;
+  int64_t blocks = 0, blocks_started = 0, blocks_done = 0, steps = 0, step_limit = 0;
   uint64_t random = 0;
   Order order = Order::kForward;
   char failure[512] = {};  // empty: none
@@ -98,10 +98,11 @@ struct Machine {
     ready = static_cast<Thread**>(std::malloc(capacity * sizeof *ready));
   }
   ~Machine() {
-    for (const std::unique_ptr<Block>& b : slots) {  // of a failed launch
-      if (!b) continue;
-      std::free(b->dynamic);
+    while (Block* const b = slots) {
+      slots = b->next_slot;
+      std::free(b->dynamic);  // left over in a failed launch
       for (int i = 0; i < b->shared_count; ++i) std::free(b->shared[i].memory);
+      delete b;
     }
     std::free(ready);
   }
@@ -158,8 +159,9 @@ SIMT_RUNTIME inline Thread* take_ready() {
 // What everybody waits for, when nobody can run.
 [[noreturn]] SIMT_RUNTIME inline void fail_deadlock() {
   Machine& m = *machine;
-  for (size_t slot = 0; slot < m.slot_count; ++slot) {
-    const Block& b = *m.slots.data()[slot];
+  const Block* slot = m.slots;
+  for (int64_t i = 0; i < m.slot_count; ++i, slot = slot->next_slot) {
+    const Block& b = *slot;
     if (b.alive == 0) continue;
     for (int w = 0; w < kMaxWarps; ++w)
       for (const Meeting& meeting : b.warps[w].meetings)
@@ -241,7 +243,7 @@ SIMT_RUNTIME inline void* shared_array(const void* tag, size_t bytes) {
 // Puts the next block of the grid into slot `b` and queues its threads.
 SIMT_RUNTIME inline void start_block(Block& b) {
   Machine& m = *machine;
-  const int64_t linear = m.block_order.data()[m.blocks_started++];
+  const int64_t linear = m.block_order[m.blocks_started++];
   const int64_t width = m.grid.x, height = m.grid.y;
   b.index = dim3(unsigned(linear % width), unsigned(linear / width % height), unsigned(linear / (width * height)));
   b.alive = m.threads;
@@ -274,7 +276,26 @@ SIMT_RUNTIME inline void end_block(Block& b) {
   ++machine->blocks_done;
 }
 
-SIMT_RUNTIME inline void leave_warp(Thread& t);  // warp.h
+// All lanes of a warp collective are there: exchanges their values and lets them go on.
+SIMT_RUNTIME inline void complete(Thread& some, Meeting& meeting) {
+  Thread* const lanes = &some - some.linear % kWarpSize;
+  meeting.exchange(lanes, meeting.arrived);
+  Thread* woken[kWarpSize];
+  int n = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane)
+    if (meeting.arrived >> lane & 1) woken[n++] = &lanes[lane];
+  meeting.arrived = 0;
+  meeting.phase ^= 1;
+  make_ready(woken, n);
+}
+
+// A lane that leaves may be the last one that a collective waited for.
+SIMT_RUNTIME inline void leave_warp(Thread& t) {
+  Warp& warp = t.block->warps[t.linear / kWarpSize];
+  warp.exited |= 1u << (t.linear % kWarpSize);
+  for (Meeting& m : warp.meetings)
+    if (m.arrived && m.arrived == (m.mask & ~warp.exited)) complete(t, m);
+}
 
 // Body of every fiber: runs the kernel once per block of its slot, for ever.
 SIMT_RUNTIME inline void thread_main() {
@@ -290,10 +311,10 @@ SIMT_RUNTIME inline void thread_main() {
     leave_warp(me);
     if (b.alive == 0) {
       end_block(b);
-      if (machine->blocks_started < int64_t(machine->block_order.size())) start_block(b);
+      if (machine->blocks_started < machine->blocks) start_block(b);
     }
     if (machine->count == 0) {
-      if (machine->blocks_done < int64_t(machine->block_order.size())) fail_deadlock();
+      if (machine->blocks_done < machine->blocks) fail_deadlock();
       current = nullptr;
       me.fiber.switch_to(machine->host);
     } else if (Thread* const next = take_ready(); next != &me) {
@@ -301,6 +322,13 @@ SIMT_RUNTIME inline void thread_main() {
       me.fiber.switch_to(next->fiber);
     }
   }
+}
+
+// From the launcher: runs the queued threads, and all that they start, until the grid is done or failed.
+SIMT_RUNTIME inline void run_until_done() {
+  current = take_ready();
+  machine->host.switch_to(current->fiber);
+  current = nullptr;
 }
 
 }  // namespace simt

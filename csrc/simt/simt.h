@@ -2,8 +2,9 @@
 #pragma once
 #include <numeric>
 #include <random>
-#include <tuple>
+#include <memory>
 #include <type_traits>
+#include <vector>
 
 #include "simt/language.h"
 #include "simt/options.h"
@@ -64,14 +65,15 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*call)(cons
 
   Machine& m = this_thread_machine();
   m.host.adopt_this_thread();
-  m.slots.resize(std::max(m.slots.size(), size_t(resident)));
   m.grid = grid;
   m.block = block;
   m.threads = threads;
   m.dynamic_bytes = dynamic_bytes;
   m.call = call;
   m.arguments = arguments;
-  m.block_order = block_order(blocks, chosen.order, chosen.seed);
+  const std::vector<int64_t> order = block_order(blocks, chosen.order, chosen.seed);
+  m.block_order = order.data();
+  m.blocks = blocks;
   m.blocks_started = m.blocks_done = m.steps = 0;
   m.step_limit = chosen.step_limit;
   m.random = chosen.seed * 0x9E3779B97F4A7C15ull + 1;
@@ -79,21 +81,19 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*call)(cons
   m.failure[0] = '\0';
   m.head = m.count = 0;
   m.reserve_ready(unsigned(resident) * unsigned(threads));
-  m.slot_count = size_t(resident);
-  for (size_t slot = 0; slot < m.slot_count; ++slot) {
-    if (!m.slots[slot]) m.slots[slot] = std::make_unique<Block>();
-    Block& b = *m.slots[slot];
-    for (int i = 0; i < threads; ++i)
-      if (!b.threads[i].fiber.created()) b.threads[i].fiber.create(&thread_main);
-    start_block(b);
+  m.slot_count = resident;
+  Block** slot = &m.slots;
+  for (int64_t i = 0; i < resident; ++i, slot = &(*slot)->next_slot) {
+    if (!*slot) *slot = new Block;
+    for (int t = 0; t < threads; ++t)
+      if (!(*slot)->threads[t].fiber.created()) (*slot)->threads[t].fiber.create(&thread_main);
+    start_block(**slot);
   }
   ++chosen.seed;
 
-  Thread* const first = take_ready();
-  current = first;
-  m.host.switch_to(first->fiber);
-  current = nullptr;
-  for (size_t slot = 0; slot < m.slot_count; ++slot) acquire(&m.slots[slot]->exit_token);
+  run_until_done();
+  Block* b = m.slots;
+  for (int64_t i = 0; i < resident; ++i, b = b->next_slot) acquire(&b->exit_token);
   if (m.failure[0]) {
     const std::string message = m.failure;
     this_thread_machine(/*fresh=*/true);

@@ -7,18 +7,6 @@ namespace simt {
 
 SIMT_RUNTIME inline void exchange_nothing(Thread*, unsigned) {}  // __syncwarp
 
-SIMT_RUNTIME inline void complete(Thread& some, Meeting& meeting) {
-  Thread* const lanes = &some - some.linear % kWarpSize;
-  meeting.exchange(lanes, meeting.arrived);
-  Thread* woken[kWarpSize];
-  int n = 0;
-  for (int lane = 0; lane < kWarpSize; ++lane)
-    if (meeting.arrived >> lane & 1) woken[n++] = &lanes[lane];
-  meeting.arrived = 0;
-  meeting.phase ^= 1;
-  make_ready(woken, n);
-}
-
 // Returns the token of the meeting, for __syncwarp.
 SIMT_RUNTIME inline char* meet(unsigned mask, Exchange exchange, const void* in, void* out, int source) {
   Thread& me = *current;
@@ -44,14 +32,6 @@ SIMT_RUNTIME inline char* meet(unsigned mask, Exchange exchange, const void* in,
   if (meeting->arrived == (mask & ~warp.exited)) complete(me, *meeting);
   wait();
   return token;
-}
-
-// A lane that leaves may be the last one that a collective waited for.
-SIMT_RUNTIME inline void leave_warp(Thread& t) {
-  Warp& warp = t.block->warps[t.linear / kWarpSize];
-  warp.exited |= 1u << (t.linear % kWarpSize);
-  for (Meeting& m : warp.meetings)
-    if (m.arrived && m.arrived == (m.mask & ~warp.exited)) complete(t, m);
 }
 
 // Each lane gets the value of lane `source`; from a lane that is not there it gets NaN.

@@ -1,0 +1,113 @@
+"""Runs every room's cases under sanitizers, in a process without torch: CPU kernels and emulated CUDA kernels.
+
+    python tests/simt/run_sanitized.py asan tsan [--room rms_norm]
+
+asan (AddressSanitizer + UBSan) finds accesses outside a buffer, shared memory included, misaligned vectors, undefined
+arithmetic. tsan (ThreadSanitizer) finds two threads, emulated or real, that touch one place without a barrier between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.simt import harness  # noqa: E402
+
+OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:exitcode=66:history_size=4",
+}
+LIBRARIES = {"host": [], "asan": ["libasan.so", "libubsan.so"], "tsan": ["libtsan.so"]}
+# Each finds something of its own: threads in order and not, blocks one at a time and together.
+SIMT = {
+    "asan": [{"order": "forward"}, {"order": "random", "seed": 5}],
+    "tsan": [{"order": "forward"}, {"order": "random", "seed": 5, "resident": 3}],
+    "host": [{"order": "forward"}],
+}
+
+
+def rooms() -> list[str]:
+    """Names of the room_<op>.py files of this folder."""
+    return [path.stem.removeprefix("room_") for path in sorted(Path(__file__).parent.glob("room_*.py"))]
+
+
+def child_command(target: str, arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a Python that can load a module built with this sanitizer."""
+    preload = [subprocess.run(["g++", f"-print-file-name={lib}"], capture_output=True, text=True, check=True).stdout.strip()
+               for lib in LIBRARIES[target]]  # fmt: skip
+    environment = os.environ | OPTIONS | {"OPENBLAS_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment |= {"LD_PRELOAD": " ".join(preload)} if preload else {}
+    command = [sys.executable, str(Path(__file__).resolve()), target, *arguments]
+    # TSan of gcc 12 wants the memory map that Linux had before it grew more random.
+    setarch = shutil.which("setarch")
+    if target == "tsan" and setarch and subprocess.run([setarch, "-R", "true"], capture_output=True, check=False).returncode == 0:
+        command = [setarch, "-R", *command]
+    return command, environment
+
+
+def run_cases(target: str, module: Path, names: list[str], only: str | None, simt: dict | None) -> None:
+    """The cases of `names`, or the one case with id `only`, in this process; raises at the first that fails."""
+    harness.guard = 64 if target == "host" else 0
+    host = harness.load_module(module)
+    levels = [level for level in ("scalar", "avx2", "avx512") if host.set_cpu_level(level)]
+    for name in names:
+        room = importlib.import_module(f"tests.simt.room_{name}")
+        cases = room.SANITIZED if only is None else [case for case in room.CASES if case.id == only]
+        assert cases, f"no case {only} in room {name}"
+        runs, start = 0, time.perf_counter()
+        for options in SIMT[target] if simt is None else [simt]:
+            for case in cases:
+                host.set_simt(**options, **({"max_grid_x": case.max_grid_x} if getattr(case, "max_grid_x", 0) else {}))
+                room.check(host, case, "cuda")
+                runs += 1
+        if only is None:
+            for level in levels:
+                host.set_cpu_level(level)
+                host.set_threads(2)
+                for case in cases:
+                    room.check(host, case, "cpu")
+                    runs += 1
+        print(f"[{target}] {name}: {len(cases)} cases, {runs} runs, cuda source emulated and cpu at {', '.join(levels)}, "
+              f"{time.perf_counter() - start:.1f} s")  # fmt: skip
+
+
+def main() -> int:
+    """Builds, then runs each sanitizer in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", nargs="+", choices=sorted(LIBRARIES))
+    parser.add_argument("--room", action="append", choices=rooms(), help="only this room (may be repeated)")
+    parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)  # set in the child: the module to load
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--order", help=argparse.SUPPRESS)
+    parser.add_argument("--large-strides", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    names = options.room or rooms()
+    if options.module:
+        if options.large_strides:
+            for name in names:
+                importlib.import_module(f"tests.simt.room_{name}").check_large_strides(harness.load_module(options.module), "cuda")
+        else:
+            run_cases(options.target[0], options.module, names, options.case, {"order": options.order, "seed": 5} if options.order else None)
+        return 0
+    for target in options.target:
+        module = harness.build_module(target)
+        command, environment = child_command(target, ["--module", str(module), *(f"--room={name}" for name in names)])
+        code = subprocess.run(command, env=environment, check=False).returncode
+        if code:
+            print(f"[{target}] failed with exit status {code}", file=sys.stderr)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
