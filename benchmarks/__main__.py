@@ -6,6 +6,7 @@ python -m benchmarks list           the benches there are"""
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -48,7 +49,7 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
         for index, op in enumerate(names, 1):
             print(f"[{index}/{len(names)}] {op} ...", end="", flush=True)
             start = time.monotonic()
-            path = store.path_for(op)
+            path = store.path_for(op, args.device, args.results)
             last = store.latest(store.load(path))
             fresh = Path(folder) / f"{op}.jsonl"
             status, output = run_one(op, ["--json", str(fresh), *passed_on], quiet=True)
@@ -60,17 +61,20 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
                 store.append(found, path)
             rows += [[op if i == 0 else "", *row] for i, row in enumerate(rows_of(found, last))]
             notes += [f"{op}: {line}" for line in output.splitlines() if line.startswith(("left out:", "WRONG:"))]
-    e = stamp()
+    e = stamp(args.device)
     dirty = " + local changes" if e["dirty"] else ""
     title = f"{e['device']}, {e['threads']} threads, {e['cpu_level']}, torch {e['torch']}, commit {e['commit']}{dirty}"
     print_table(title, [("bench", "<"), *COLUMNS], rows)
+    marked = sum(row[-1].endswith("*") for row in rows)
+    if marked:
+        print(f"* {marked} of {len(rows)} rows have outliers or a wide spread; each record says which in its note")
     for note in notes:
         print(note)
     for op, status, output in failures:
         print(f"\n{op} ended with exit status {status}; its last lines:")
         print("\n".join(output.splitlines()[-15:]))
     if not args.no_record:
-        print(f"records: {store.path_for('x').parent.relative_to(ROOT)}/")
+        print(f"records: {os.path.relpath(store.path_for('x', args.device, args.results).parent)}/")
     print(f"{len(names) - len(failures)} of {len(names)} benches in {time.monotonic() - began:.0f} s")
     return 1 if failures else 0
 
@@ -83,20 +87,23 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("op", nargs="?", help="the room of `room`")
     p.add_argument("--only", action="append", metavar="OP", help="only this bench (repeatable)")
     p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider that compiles first")
-    p.add_argument("--no-record", action="store_true", help="do not append to benchmarks/results/")
+    p.add_argument("--backend", action="append", metavar="NAME", help="only this provider (repeatable)")
+    p.add_argument("--no-record", action="store_true", help="do not append to the results")
+    p.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the records (default: benchmarks/results)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    args, rest = p.parse_known_args(argv)
+    args = p.parse_args(argv)
     if args.what == "list":
         print("\n".join(benches()))
         return 0
+    passed_on = ["--device", args.device, *(f"--backend={name}" for name in args.backend or [])]
     if args.what == "room":
         if args.op not in benches():
             p.error(f"room: {args.op!r} has no bench; there are {', '.join(benches())}")
-        return run_one(args.op, ["--quick", "--device", args.device, "--seconds", "0.15", *rest], quiet=False)[0]
+        return run_one(args.op, ["--quick", "--seconds", "0.15", *passed_on], quiet=False)[0]
     unknown = sorted(set(args.only or []) - set(benches()))
     if unknown:
         p.error(f"--only: {', '.join(unknown)} has no bench; there are {', '.join(benches())}")
-    return run_all(args, ["--device", args.device, *(["--quick"] if args.quick else []), *rest])
+    return run_all(args, [*passed_on, *(["--quick"] if args.quick else [])])
 
 
 if __name__ == "__main__":

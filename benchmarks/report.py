@@ -35,7 +35,8 @@ h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.
 h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
 p { margin: .4rem 0 .8rem; } .soft, figcaption, small { color: var(--soft); } .lead { font-size: 1.05rem; }
 .top { display: grid; grid-template-columns: 1fr 220px; gap: 24px; align-items: start; }
-.top img { width: 100%; border-radius: 10px; display: block; } .top figure { margin: 0; } .top figcaption { font-size: .8rem; margin-top: 6px; }
+.top img { width: 100%; border-radius: 10px; display: block; } .top figure { margin: 0; }
+.top figcaption { font-size: .8rem; margin-top: 6px; }
 .cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; margin: 24px 0 8px; }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 14px 12px; }
 .card h3 { margin: 0 0 8px; font-size: .82rem; font-weight: 600; color: var(--soft); line-height: 1.3; min-height: 2.6em; }
@@ -58,7 +59,8 @@ td small { font-size: .86em; } .groups th { text-align: center; border-bottom: 0
 td.wrap { white-space: normal; text-align: left; overflow-wrap: anywhere; } ul { padding-left: 1.15rem; } li { margin: .35rem 0; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
 @media (max-width: 640px) { main { padding: 20px 16px 40px; } h1 { font-size: 1.4rem; } .top { grid-template-columns: 1fr; gap: 14px; }
-  .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; } .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 11px; } .card b { font-size: 1.05rem; }
+  .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; }
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 11px; } .card b { font-size: 1.05rem; }
   .card div { gap: 5px; } .card span { font-size: .68rem; } td small { display: block; white-space: nowrap; }
   svg.narrow { display: block; } svg.wide { display: none; } th, td { padding: 6px 3px; white-space: normal; } table { font-size: .8rem; } }
 """
@@ -466,7 +468,8 @@ RECORD_HEADS = ["mode", "dtype", "shape", "provider", "median", "p20 .. p80", "G
 def record_row(r: store.Record) -> list[str]:
     e = r.environment
     return [
-        r.mode, r.dtype, r.title, r.provider, seconds_text(r.median), f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}", figures(r.gbps) if r.bytes else "-",
+        r.mode, r.dtype, r.title, r.provider, seconds_text(r.median),
+        f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}", figures(r.gbps) if r.bytes else "-",
         f"{r.fraction:.0%} {r.roof}" if r.fraction is not None else "-", r.cache, e["date"][:10],
         f"{e['commit']}{'+' if e['dirty'] else ''}",
     ]  # fmt: skip

@@ -110,6 +110,7 @@ def test_page_is_self_contained_and_good_on_a_phone(html):
 
 def test_page_escapes_what_it_shows(html):
     assert "Some &lt;CPU&gt; &amp; more" in html and "<CPU>" not in html
+    assert "<td>&lt;b&gt; <small>(1)</small></td>" in report.table(["a"], [["<b> (1)"]])
 
 
 def test_every_picture_is_valid_xml(html):

@@ -170,8 +170,8 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
         bench.records.append(
             Record.of(
                 timing, op=op, mode=case.mode, dtype=case.dtype, shape=case.shape, dims=case.dims, bytes=case.cost.bytes,
-                flops=case.cost.flops, exps=case.cost.exps, roof=case.roof if case.goal is None else "goal", roof_seconds=roof_seconds, fraction=fraction,
-                environment=environment,
+                flops=case.cost.flops, exps=case.cost.exps, roof=case.roof if case.goal is None else "goal",
+                roof_seconds=roof_seconds, fraction=fraction, environment=environment,
             )
         )  # fmt: skip
 

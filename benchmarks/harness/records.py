@@ -67,13 +67,13 @@ class Record:
         )  # fmt: skip
 
 
-def path_for(name: str, device: str = "cpu") -> Path:
-    return RESULTS / device_slug(device) / f"{name}.jsonl"
+def path_for(name: str, device: str = "cpu", folder: Path = RESULTS) -> Path:
+    return folder / device_slug(device) / f"{name}.jsonl"
 
 
 def append(records: list[Record], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(r), sort_keys=True, allow_nan=False) + "\n" for r in records)
+    lines = "".join(json.dumps(asdict(r), allow_nan=False) + "\n" for r in records)
     with path.open("a") as file:  # one write: a killed run leaves whole lines
         file.write(lines)
 
