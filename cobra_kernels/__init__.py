@@ -5,8 +5,11 @@ Importing opens no socket, writes no file and compiles nothing.
 
 from . import errors
 from .dispatch import backends, call_counts, reset_call_counts, supports, use_backend
+from .ops.causal_conv1d import causal_conv1d
+from .ops.causal_conv1d_update import causal_conv1d_update
 from .ops.projector import ldp_projector, mlp_projector
 from .ops.rms_norm import rms_norm
+from .ops.selective_scan import selective_scan
 from .ops.selective_state_update import selective_state_update
 
 __version__ = "0.1.0"
@@ -15,11 +18,14 @@ __all__ = [
     "__version__",
     "backends",
     "call_counts",
+    "causal_conv1d",
+    "causal_conv1d_update",
     "errors",
     "ldp_projector",
     "mlp_projector",
     "reset_call_counts",
     "rms_norm",
+    "selective_scan",
     "selective_state_update",
     "supports",
     "use_backend",
