@@ -94,7 +94,7 @@ def transformers_mamba(model: MambaLMHeadModel, ids: torch.Tensor):
             layer_norm_epsilon=c.norm_epsilon,
             residual_in_fp32=True,
             use_mambapy=False,
-        )  # fmt: skip
+        )
     )
     theirs.load_state_dict({k.replace("embedding.", "embeddings."): v for k, v in model.state_dict().items()}, strict=True)
     theirs.eval().requires_grad_(False)

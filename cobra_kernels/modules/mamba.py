@@ -422,7 +422,6 @@ class Mamba(nn.Module):
         return super().train(mode)
 
     def _apply(self, fn, recurse: bool = True) -> Mamba:
-        self._A_cache = None
         if not self.keep_fp32:
             return super()._apply(fn, recurse)
         kept = [p for p in (self.A_log, self.D, getattr(self.dt_proj, "bias", None)) if p is not None]

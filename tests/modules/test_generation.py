@@ -44,6 +44,16 @@ def test_rows_stop_one_by_one_and_do_not_disturb_the_others():
     assert len(columns) == max(map(len, result.tokens))
 
 
+def test_the_penalty_follows_rows_that_leave():
+    lm, ids, penalty = make_lm(), make_ids(4, 6), Sampling(repetition_penalty=1e9)
+    free = generate(lm, ids, max_new_tokens=12, sampling=penalty).tokens
+    result = generate(lm, ids, max_new_tokens=12, sampling=penalty, stop_token_ids=[free[0][2]])
+    assert result.tokens[0] == free[0][:3]
+    assert any(len(row) > 3 for row in result.tokens)
+    for row, whole in zip(result.tokens, free):
+        assert row == whole[: len(row)]
+
+
 def test_all_rows_stopped_ends_the_stream_and_counts_decodes(monkeypatch):
     lm, ids = make_lm(), make_ids(2, 6)
     first = [row[0] for row in generate(lm, ids, max_new_tokens=1).tokens]
@@ -68,8 +78,10 @@ def test_ragged_prompts_equal_single_ones():
     assert generate(lm, right, max_new_tokens=10, lengths=[5, 1, 8, 3]).tokens == singles
     assert generate(lm, left, max_new_tokens=10, attention_mask=mask).tokens == singles
     # and what is padding has not been "seen"
-    penalty = Sampling(repetition_penalty=1.4)
+    penalty = Sampling(repetition_penalty=1e9)
     singles = [generate(lm, row[None], max_new_tokens=10, sampling=penalty).tokens[0] for row in rows]
+    for i, row in enumerate(rows):
+        right[i, len(row) :], left[i, : 8 - len(row)] = singles[i][0], singles[i][0]
     assert generate(lm, right, max_new_tokens=10, lengths=[5, 1, 8, 3], sampling=penalty).tokens == singles
     assert generate(lm, left, max_new_tokens=10, attention_mask=mask, sampling=penalty).tokens == singles
 
@@ -106,7 +118,7 @@ def test_repetition_penalty_forbids_in_the_limit():
 def test_padded_vocabulary_is_never_drawn():
     lm = make_lm()
     with torch.no_grad():
-        lm.backbone.embedding.weight[61:] *= 100  # rows of the padding: the largest logits there are, either sign
+        lm.lm_head.weight[61:] *= 100  # rows of the padding: the largest logits there are, either sign
     ids = make_ids(8, 5)
     with torch.no_grad():
         assert (lm.prefill(ids)[0].argmax(-1) >= 61).any()

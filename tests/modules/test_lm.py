@@ -61,7 +61,7 @@ def assert_same_logits(got, expected, limit=LOGITS):
         ({}, 1, 1),
         ({}, 2, 3),
         ({"d_model": 192, "n_layer": 8, "vocab_size": 1003}, 2, 100),
-        ({"tie_embeddings": False}, 2, 17),
+        ({"tie_embeddings": True}, 2, 17),
         ({"residual_in_fp32": False}, 2, 17),
         ({"fused_add_norm": False}, 2, 17),
         ({"norm_epsilon": 1e-2}, 2, 17),
@@ -96,7 +96,9 @@ def test_gradients_equal_transformers():
 def test_greedy_tokens_equal_transformers_generate():
     lm = make_lm(d_model=64, n_layer=4, vocab_size=64)  # no padding: transformers would draw it
     ids = make_ids(3, 9)
-    theirs = hugging_face(lm).generate(ids, max_new_tokens=24, do_sample=False, eos_token_id=None)[:, 9:]
+    hf = hugging_face(lm)
+    hf.generation_config.eos_token_id = None
+    theirs = hf.generate(ids, max_new_tokens=24, do_sample=False)[:, 9:]
     ours = torch.tensor(generate(lm, ids, max_new_tokens=24).tokens)
     # Where the two best logits are closer than the models agree, either token is right, and the rows part for good.
     with torch.no_grad():
@@ -244,14 +246,14 @@ def test_half_precision_is_close_and_fp64_exact():
 
 
 def test_names_and_tying():
-    lm = make_lm(n_layer=1)
+    lm = make_lm(n_layer=1, tie_embeddings=True)
     assert list(lm.state_dict())[:2] == ["backbone.embedding.weight", "backbone.layers.0.mixer.A_log"]
     assert {"backbone.layers.0.norm.weight", "backbone.norm_f.weight", "lm_head.weight"} < set(lm.state_dict())
     assert lm.lm_head.weight is lm.backbone.embedding.weight
     assert lm.lm_head.weight.shape == (64, 32)  # 61 padded to a multiple of 8
     moved = MambaLMHeadModel(MambaConfig(16, 1, 30), device="meta").to_empty(device="cpu")
     assert moved.lm_head.weight is moved.backbone.embedding.weight
-    loose = make_lm(tie_embeddings=False).bfloat16()
+    loose = make_lm().bfloat16()
     assert loose.lm_head.weight is not loose.backbone.embedding.weight
 
 

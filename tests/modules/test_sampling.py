@@ -135,6 +135,14 @@ def test_draws_at_the_ends_of_the_interval():
         assert sample(logits, Sampling(1.0), uniform=torch.tensor([u], dtype=torch.float64)).item() == token
 
 
+def test_a_prefix_sum_that_rounds_upwards_cannot_reach_a_filtered_token(monkeypatch):
+    """Parallel prefix sums are not monotonic to the last bit; here one is bent at a token of probability 0."""
+    logits, cumsum = torch.tensor([[0.0, -math.inf, 0.0]]), torch.Tensor.cumsum
+    bump = torch.tensor([0.0, 1e-3, 0.0])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: cumsum(self, dim) + bump)
+    assert sample(logits, Sampling(1.0), uniform=torch.tensor([0.5], dtype=torch.float64)).item() != 1
+
+
 def test_seeds_repeat_and_rows_are_their_own():
     logits, s = make_logits(6), Sampling(1.0)
 
