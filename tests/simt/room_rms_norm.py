@@ -45,6 +45,7 @@ CASES = [
     *(Case(shape=(1, dim), dtype="bf16", bias=False) for dim in (16384, 16392)),
     *(Case(shape=(rows, dim)) for rows in (0, 1, 15, 16, 17, 33) for dim in (40, 41)),
     *(Case(shape=(rows, 8), dtype="fp16") for rows in (127, 2100)),
+    Case(shape=(2, 2560)),
     Case(shape=(5, 0)),
     *(Case(shape=shape) for shape in ((64,), (2, 3, 4, 64), (2, 3, 4, 65), (1, 2, 1, 3, 2, 1, 8), (4, 0, 8))),
     *(Case(dtype=d, is_rms_norm=n) for d in ("bf16", "fp16") for n in (True, False)),
