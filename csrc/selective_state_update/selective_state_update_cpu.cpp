@@ -58,14 +58,15 @@ template <class T, class S, int kVectors, bool kTied>
 Vec<T> step(S* state, int64_t state_dim, const T* A, int64_t A_dim, const T* B, const T* C, const T* dt, const T* dtx, int64_t channels,
             int64_t vectors) {
   constexpr int kWidth = Vec<T>::kWidth;
-  const Vec<T> log2e = T(1.442695040888963407);
+  const DecayExp2<T> decay_exp2;
+  const Vec<T> log2e = T(1.442695040888963407 * DecayExp2<T>::kScale);
   const int64_t states = (kVectors ? kVectors : vectors) * kWidth;
   Vec<T> sums[kWidth];
   for (int64_t c = 0; c < channels; ++c) {
     const Vec<T> dt2 = Vec<T>(dt[c]) * log2e, input = dtx[c];
     Vec<T> sum = T(0);
     for (int64_t n = 0; n < states; n += kWidth) {
-      const Vec<T> decay = kTied ? Vec<T>(A[c]) : exp2(dt2 * load(A + c * A_dim + n));
+      const Vec<T> decay = kTied ? Vec<T>(A[c]) : decay_exp2(dt2 * load(A + c * A_dim + n));
       const Vec<T> h = fma(decay, load(state + c * state_dim + n), input * load(B + n));
       store(state + c * state_dim + n, h);
       sum = fma(h, load(C + n), sum);
