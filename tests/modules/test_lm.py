@@ -34,9 +34,9 @@ def hugging_face(lm: MambaLMHeadModel):
         residual_in_fp32=c.residual_in_fp32,
         tie_word_embeddings=c.tie_embeddings,
         use_mambapy=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
     )
     model = transformers.MambaForCausalLM(config).eval()
     weights = {k.replace("backbone.embedding.", "backbone.embeddings."): v for k, v in lm.state_dict().items()}
@@ -96,9 +96,7 @@ def test_gradients_equal_transformers():
 def test_greedy_tokens_equal_transformers_generate():
     lm = make_lm(d_model=64, n_layer=4, vocab_size=64)  # no padding: transformers would draw it
     ids = make_ids(3, 9)
-    hf = hugging_face(lm)
-    hf.generation_config.eos_token_id = None
-    theirs = hf.generate(ids, max_new_tokens=24, do_sample=False)[:, 9:]
+    theirs = hugging_face(lm).generate(ids, max_new_tokens=24, do_sample=False)[:, 9:]
     ours = torch.tensor(generate(lm, ids, max_new_tokens=24).tokens)
     # Where the two best logits are closer than the models agree, either token is right, and the rows part for good.
     with torch.no_grad():

@@ -26,7 +26,7 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_
 
     rows = batch if cu_seqlens is None else len(bounds) - 1
     h0 = A.new_zeros(rows, dim, A.shape[1]) if initial_state is None else initial_state.to(compute, copy=True)
-    states = [h0] if cu_seqlens is None else list(h0.split(1))
+    states = [h0] if cu_seqlens is None else [h0[i : i + 1] for i in range(rows)]
     dts, dtus = dt.unbind(-1), (dt * x).unbind(-1)
     ys = []
     for i, h in enumerate(states):
