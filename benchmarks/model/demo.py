@@ -15,6 +15,7 @@ import os
 import random
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -89,9 +90,10 @@ class Cobra:
     def __init__(self, preset: str, seed: int = 0) -> None:
         import cobra
 
-        torch.manual_seed(seed)
         self.label = preset
-        self.model = cobra.from_preset(preset).eval().requires_grad_(False)
+        with warnings.catch_warnings():  # random weights are what this demo is about, and it says so
+            warnings.simplefilter("ignore", cobra.RandomWeightsWarning)
+            self.model = cobra.from_preset(preset, seed)
         self.image_size = self.model.config.vision.towers[0].image_size
         self.image_tokens = self.model.config.num_image_tokens
 
