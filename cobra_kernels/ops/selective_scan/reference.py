@@ -11,38 +11,43 @@ def selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     batch, dim, seqlen = u.shape
     bounds = [0, seqlen] if cu_seqlens is None else cu_seqlens.tolist()
-    end = bounds[-1]  # positions from here on are padding
-
-    x = u[..., :end].to(real)
-    dt = delta[..., :end].to(real)  # (batch, dim, end)
-    if delta_bias is not None:
-        dt = dt + delta_bias.to(real)[:, None]
-    if delta_softplus:
-        # log1p(exp) sees no large argument, so that its unused branch cannot turn a gradient into inf * 0
-        dt = torch.where(dt > 20, dt, torch.log1p(torch.exp(dt.clamp(max=20))))
     compute = A.dtype if A.is_complex() else real
     A = A.to(compute)  # (dim, dstate)
     B_of, C_of = (_per_step(m, dim, seqlen, compute) for m in (B, C))
+    us, deltas, zs = (None if x is None else _steps(x, real) for x in (u, delta, z))
 
     rows = batch if cu_seqlens is None else len(bounds) - 1
     h0 = A.new_zeros(rows, dim, A.shape[1]) if initial_state is None else initial_state.to(compute, copy=True)
     states = [h0] if cu_seqlens is None else [h0[i : i + 1] for i in range(rows)]
-    dts, dtus = dt.unbind(-1), (dt * x).unbind(-1)
-    ys = []
+    outs = []  # (batch, dim) each
     for i, h in enumerate(states):
         for t in range(bounds[i], bounds[i + 1]):
-            h = torch.exp(dts[t][..., None] * A) * h + dtus[t][..., None] * B_of(t)  # (batch, dim, dstate)
+            dt = step_size(deltas[t], delta_bias, delta_softplus)
+            h = torch.exp(dt[..., None] * A) * h + (dt * us[t])[..., None] * B_of(t)  # (batch, dim, dstate)
             y = (C_of(t) * h).sum(-1)
-            ys.append(2 * y.real if y.is_complex() else y)
+            y = 2 * y.real if y.is_complex() else y
+            if D is not None:
+                y = y + D.to(real) * us[t]
+            outs.append(y if z is None else y * F.silu(zs[t]))
         states[i] = h
 
-    y = torch.stack(ys, -1) if ys else x  # (batch, dim, end)
-    if D is not None:
-        y = y + D.to(real)[:, None] * x
-    if z is not None:
-        y = y * F.silu(z[..., :end].to(real))
-    out = torch.empty_like(u).copy_(F.pad(y, (0, seqlen - end)))
+    padding = F.pad(u[..., :0].to(real), (0, seqlen - bounds[-1]))  # zeros; made of u, so that no steps at all have a gradient too
+    out = torch.empty_like(u).copy_(torch.cat([torch.stack(outs, -1), padding], -1) if outs else padding)
     return out, torch.cat(states) if states else h0
+
+
+def step_size(delta, delta_bias, delta_softplus):
+    """dt of one step: (batch, dim) in compute precision."""
+    dt = delta if delta_bias is None else delta + delta_bias.to(delta.dtype)
+    if not delta_softplus:
+        return dt
+    # log1p(exp) sees no large argument, so that its unused branch cannot turn a gradient into inf * 0
+    return torch.where(dt > 20, dt, torch.log1p(torch.exp(dt.clamp(max=20))))
+
+
+def _steps(x, real):
+    """The steps of (batch, dim, seqlen), each contiguous: the same arithmetic wherever a step lies in a sequence."""
+    return x.to(real).movedim(-1, 0).contiguous().unbind(0)
 
 
 def _per_step(m, dim, seqlen, compute):
@@ -70,10 +75,10 @@ def selective_scan_bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, d
     end = bounds[-1]
 
     x = u[..., :end].to(real)
-    raw = delta[..., :end].to(real)
+    raw = delta[..., :end].to(real)  # before softplus
     if delta_bias is not None:
         raw = raw + delta_bias.to(real)[:, None]
-    dt = torch.where(raw > 20, raw, torch.log1p(torch.exp(raw.clamp(max=20)))) if delta_softplus else raw
+    dt = step_size(raw, None, delta_softplus)
     rate = A.to(real)
     B_of, C_of = (_per_step(m, dim, seqlen, real) for m in (B, C))
     gate = None if z is None else z[..., :end].to(real)
@@ -88,7 +93,7 @@ def selective_scan_bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, d
     dA = torch.zeros_like(rate)
     dB, dC = _Gradient(B, real), _Gradient(C, real)
     dinitial = []
-    for i, (h, g) in enumerate(zip([h0], [g0]) if cu_seqlens is None else zip(h0.split(1), g0.split(1))):
+    for i, (h, g) in enumerate([(h0, g0)] if cu_seqlens is None else [(h0[i : i + 1], g0[i : i + 1]) for i in range(rows)]):
         span = range(bounds[i], bounds[i + 1])
         before = []  # the states that the steps start from
         for t in span:
