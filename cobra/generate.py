@@ -238,9 +238,9 @@ def _begin(vlm: CobraVLM, images: Any, texts: Sequence[str], options: Options, l
     pixels, image_state = _images(vlm, images, len(texts))
     prompt_lengths = lengths
     if pixels is not None:
-        prompt, prompt_lengths = vlm._embed(ids, pixels, lengths, None)
+        prompt, prompt_lengths = vlm.embed_prompt(ids, pixels, lengths, None)
     elif image_state is not None:
-        state = vlm._start(image_state, len(texts))
+        state = vlm.start_from(image_state, len(texts))
     padding = torch.arange(ids.shape[1]) >= lengths[:, None]
     seen = ids.masked_fill(padding.to(ids.device), -1)
     return stream_tokens(

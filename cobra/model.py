@@ -159,11 +159,11 @@ class CobraVLM(nn.Module):
         image_state: the images instead of their pixels, one per row or one for all; it is copied, not written.
         """
         if image_state is None:
-            prompt, lengths = self._embed(input_ids, pixel_values, lengths, image_rows)
+            prompt, lengths = self.embed_prompt(input_ids, pixel_values, lengths, image_rows)
             return self.llm.prefill(prompt, lengths=lengths)
         if pixel_values is not None or image_rows is not None:
             raise RequestError("prefill: image_state is given with pixel_values or image_rows, expected one or the other")
-        return self.llm.prefill(input_ids, self._start(image_state, len(input_ids)), lengths=lengths)
+        return self.llm.prefill(input_ids, self.start_from(image_state, len(input_ids)), lengths=lengths)
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, state: MambaState, *, rows: Tensor | None = None) -> Tensor:
@@ -173,14 +173,17 @@ class CobraVLM(nn.Module):
         """
         return self.llm.decode(input_ids, state, rows=rows)
 
-    def _embed(self, input_ids: Tensor, pixel_values: Pixels | None, lengths: Any, image_rows: Any) -> tuple[Tensor, Tensor]:
-        """Embeddings (batch, seqlen, d_model) of image and text, and the length of each row."""
+    def embed_prompt(self, input_ids: Tensor, pixel_values: Pixels | None, lengths: Any, image_rows: Any) -> tuple[Tensor, Tensor]:
+        """What `llm.prefill` reads: embeddings (batch, seqlen, d_model) of image and text, and the length of each row.
+
+        Arguments as in `prefill`.
+        """
         image = None if pixel_values is None else self.embed_image(pixel_values)
         spliced = splice(image, self.llm.backbone.embedding(input_ids), lengths, image_rows=image_rows)
         return spliced.embeddings, spliced.lengths
 
-    def _start(self, image_state: ImageState, batch: int) -> MambaState:
-        """A state to write into: the image's, copied for every row."""
+    def start_from(self, image_state: ImageState, batch: int) -> MambaState:
+        """A state to write into: that of the image, copied; one image serves every row, else there is one for each."""
         if len(image_state) not in (1, batch):
             raise ShapeError(f"prefill: image_state has {len(image_state)} images, expected 1 or batch={batch}; batch comes from input_ids")
         mine = self.llm.backbone.layers[0].mixer

@@ -206,6 +206,36 @@ def test_repetition_penalty_counts_the_prompt_but_not_its_padding(vlm):
     assert len(said) == len(set(said)) == 30 and not set(said) & set(vlm.tokenizer.encode(prompts[0]))
 
 
+@pytest.fixture
+def spied(monkeypatch):
+    """What `stream_tokens` was called with, and how many columns were taken from it."""
+    from cobra import generate
+
+    whole, seen = generate.stream_tokens, {"columns": 0}
+
+    def stream_tokens(*args, **kwargs):
+        seen.update(kwargs)
+        for column in whole(*args, **kwargs):
+            seen["columns"] += 1
+            yield column
+
+    monkeypatch.setattr(generate, "stream_tokens", stream_tokens)
+    return seen
+
+
+def test_padding_was_never_said(vlm, spied):
+    vlm.generate_batch(None, ["ab", "c"], max_new_tokens=1)
+    assert spied["prompt_ids"].tolist() == [[98, 99], [100, -1]]
+
+
+def test_a_batch_ends_when_every_row_has_stopped(vlm, spied):
+    whole = vlm.generate_batch(None, PROMPTS, max_new_tokens=30)
+    spied["columns"] = 0
+    stops = [text[2:4] for text in whole]
+    vlm.generate_batch(None, PROMPTS, max_new_tokens=30, stop=stops)
+    assert 2 <= spied["columns"] < 30
+
+
 def test_only_tokens_of_the_tokenizer_are_drawn(vlm, monkeypatch):
     """cobra-tiny has 512 rows of logits, the tokenizer 257 tokens."""
     drawn = []
