@@ -11,6 +11,7 @@ from .ops.projector import ldp_projector, mlp_projector
 from .ops.rms_norm import rms_norm
 from .ops.selective_scan import selective_scan
 from .ops.selective_state_update import selective_state_update
+from .selfcheck import selftest
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "rms_norm",
     "selective_scan",
     "selective_state_update",
+    "selftest",
     "supports",
     "use_backend",
 ]

@@ -12,8 +12,8 @@ import sys
 import torch
 
 import cobra_kernels
-from cobra_kernels import selftest
-from cobra_kernels.selftest import Case, map_tensors
+from cobra_kernels import selfcheck
+from cobra_kernels.selfcheck import Case, map_tensors
 from tests.tolerances import OUTPUT
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
@@ -105,7 +105,7 @@ def sample(seed: int) -> Case:
 def _rms_norm(rng, g, dtype):
     dim = rng.choice((*DIMS, 255, 256, 257, 1536, 2560))
     rows = rng.choice((0, 1, 2, 3, 15, 16, 17, 33))
-    kwargs = selftest.rms_norm_inputs(g, rows, dim, dtype, rng.random() < 0.5, rng.random() < 0.6)
+    kwargs = selfcheck.rms_norm_inputs(g, rows, dim, dtype, rng.random() < 0.5, rng.random() < 0.6)
     kwargs = _mix(rng, kwargs, "x", ())
     return Case("rms_norm", {**kwargs, "prenorm": True, "is_rms_norm": rng.random() < 0.6, "residual_in_fp32": rng.random() < 0.5})
 
@@ -114,7 +114,7 @@ def _causal_conv1d(rng, g, dtype):
     batch, dim, width = rng.choice(BATCHES), rng.choice(DIMS), rng.choice(WIDTHS)
     seqlen = _length(rng, batch * dim)
     kind = rng.choice(("plain", "initial", "packed", "seq_idx"))
-    kwargs = selftest.causal_conv1d_inputs(g, 1 if kind == "packed" else batch, dim, seqlen, width, dtype, rng.random() < 0.7, kind == "initial")
+    kwargs = selfcheck.causal_conv1d_inputs(g, 1 if kind == "packed" else batch, dim, seqlen, width, dtype, rng.random() < 0.7, kind == "initial")
     extra: dict = {"activation": rng.choice((None, "silu", "swish"))}
     if kind == "packed":
         extra["cu_seqlens"] = _boundaries(rng, seqlen)
@@ -135,7 +135,7 @@ def _causal_conv1d_update(rng, g, dtype):
     state_len = max(1, width - 1 + rng.choice((0, 1, 1, 3)))
     steps = rng.choice((None, None, 1, 2, 3, state_len))
     steps = None if steps is None else min(steps, state_len)
-    kwargs = selftest.causal_conv1d_update_inputs(g, batch, dim, width, state_len, steps, dtype, rng.random() < 0.7)
+    kwargs = selfcheck.causal_conv1d_update_inputs(g, batch, dim, width, state_len, steps, dtype, rng.random() < 0.7)
     extra: dict = {"activation": rng.choice((None, "silu"))}
     if rng.random() < 0.4:
         pool = batch + rng.randint(0, 3)
@@ -153,7 +153,7 @@ def _selective_scan(rng, g, dtype):
     batch = 1 if packed else batch
     seqlen = _length(rng, batch * dim * dstate)
     on = [rng.random() < p for p in (0.6, 0.6, 0.7, 0.5)]
-    kwargs = selftest.selective_scan_inputs(g, batch, dim, seqlen, dstate, groups, dtype, on[0], on[1], on[2], on[3], rng.random() < 0.5)
+    kwargs = selfcheck.selective_scan_inputs(g, batch, dim, seqlen, dstate, groups, dtype, on[0], on[1], on[2], on[3], rng.random() < 0.5)
     for name in ("B", "C"):
         form = rng.choice(("groups", "groups", "plain", "constant", "token-major"))
         if form == "constant":
@@ -176,7 +176,7 @@ def _selective_scan(rng, g, dtype):
 def _selective_state_update(rng, g, dtype):
     batch, dim, dstate = rng.choice(BATCHES), rng.choice(DIMS), rng.choice(DSTATES)
     on = [rng.random() < 0.6 for _ in range(2)]
-    kwargs = selftest.selective_state_update_inputs(g, batch, dim, dstate, dtype, rng.choice((F32, F32, BF16, F16)), *on)
+    kwargs = selfcheck.selective_state_update_inputs(g, batch, dim, dstate, dtype, rng.choice((F32, F32, BF16, F16)), *on)
     extra: dict = {}
     if rng.random() < 0.3:
         pool = batch + rng.randint(0, 3)
@@ -202,7 +202,7 @@ def _mlp_projector(rng, g, dtype):
     features = tuple(rng.choice((1, 3, 8, 17, 32)) for _ in range(rng.randint(1, 3)))
     layers = tuple(rng.choice((1, 4, 9, 33)) for _ in range(rng.randint(1, 3)))
     tokens = rng.choice(((0, 3), (1, 1), (2, 5), (17,), (2, 2, 3)))
-    kwargs = selftest.mlp_projector_inputs(g, tokens, features, layers, dtype, rng.random() < 0.7)
+    kwargs = selfcheck.mlp_projector_inputs(g, tokens, features, layers, dtype, rng.random() < 0.7)
     layout = rng.choice(LAYOUTS)
     return Case("mlp_projector", {**kwargs, "features": tuple(lay_out(f, layout) for f in kwargs["features"])})
 
@@ -211,7 +211,7 @@ def _ldp_projector(rng, g, dtype):
     grid = rng.choice(((1, 1), (3, 3), (4, 6), (9, 9)))
     out_grid = rng.choice(((1, 1), (2, 3), (3, 3), (5, 5)))
     features = tuple(rng.choice((1, 8, 17)) for _ in range(rng.randint(1, 2)))
-    return Case("ldp_projector", selftest.ldp_projector_inputs(g, rng.choice((0, 1, 2)), grid, out_grid, features, (rng.choice((5, 16)), rng.choice((4, 9))), dtype))
+    return Case("ldp_projector", selfcheck.ldp_projector_inputs(g, rng.choice((0, 1, 2)), grid, out_grid, features, (rng.choice((5, 16)), rng.choice((4, 9))), dtype))
 
 
 # --- judging ---------------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def magnitudes(case: Case) -> list[torch.Tensor]:
     kwargs = {k: map_tensors(v, lambda t: t.abs()) if k in positive else v for k, v in case.kwargs.items()}
     if "activation" in kwargs:
         kwargs["activation"] = None  # SiLU's slope is at most 1.1
-    return [m.abs() for m in selftest.expected(case._replace(kwargs=kwargs))]
+    return [m.abs() for m in selfcheck.expected(case._replace(kwargs=kwargs))]
 
 
 def limit_of(case: Case, got: torch.Tensor, want: torch.Tensor, magnitude: torch.Tensor) -> float:
@@ -247,11 +247,11 @@ def check(case: Case, backend: str) -> None:
     before = [t.clone() for t in flat]
     torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN: an element never written shows
     try:
-        outputs = selftest.run(case, backend)
+        outputs = selfcheck.run(case, backend)
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) for a, b in zip(flat, before)), "an input was written"
-    wanted = selftest.expected(case)
+    wanted = selfcheck.expected(case)
     sizes = None
     for index, (got, want) in enumerate(zip(outputs, wanted, strict=True)):
         assert got.shape == want.shape, f"output {index}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"

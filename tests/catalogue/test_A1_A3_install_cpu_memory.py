@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import cobra_kernels
-from cobra_kernels import causal_conv1d, causal_conv1d_update, extension, rms_norm, selective_scan, selective_state_update, selftest
+from cobra_kernels import causal_conv1d, causal_conv1d_update, extension, rms_norm, selective_scan, selective_state_update, selfcheck
 from cobra_kernels.errors import ArgumentError, BackendUnavailable, CobraKernelsError
 from tests.conftest import kernel_backends
 from tests.tolerances import assert_close
@@ -108,10 +108,10 @@ def test_row_014_the_doctor_gives_a_diagnosis():
 def test_row_004_and_015_and_018_every_op_runs_compiled_on_a_cpu_and_counters_prove_it():
     cobra_kernels.reset_call_counts()
     seen = set()
-    for case in selftest.cases():
+    for case in selfcheck.cases():
         if case.op not in seen:
             seen.add(case.op)
-            selftest.run(case, None)
+            selfcheck.run(case, None)
     counts = cobra_kernels.call_counts()
     assert seen == {"rms_norm", "causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mlp_projector", "ldp_projector"}
     assert {(op, "cpu") for op in seen} <= set(counts) and not any(backend == "reference" for _, backend in counts)
@@ -135,14 +135,14 @@ def test_row_021_fork_after_an_op(threads):
     code = """
 import os, signal, torch
 torch.set_num_threads(2)
-from cobra_kernels import selftest
-once = {case.op: case for case in selftest.cases()}
-before = {op: selftest.run(case, 'cpu') for op, case in once.items()}
+from cobra_kernels import selfcheck
+once = {case.op: case for case in selfcheck.cases()}
+before = {op: selfcheck.run(case, 'cpu') for op, case in once.items()}
 child = os.fork()
 if child == 0:
     signal.alarm(60)
     torch.set_num_threads(1)
-    same = all(torch.equal(a, b) for op, case in once.items() if 'projector' not in op for a, b in zip(selftest.run(case, 'cpu'), before[op]))
+    same = all(torch.equal(a, b) for op, case in once.items() if 'projector' not in op for a, b in zip(selfcheck.run(case, 'cpu'), before[op]))
     os._exit(0 if same else 3)
 print('child status', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -174,11 +174,11 @@ def test_row_022_and_023_strides_beyond_32_bits(op, backend, tmp_path):
         return storage.as_strided(t.shape, (stride, *t[0].stride())).copy_(t)
 
     case = {
-        "causal_conv1d": lambda: (selftest.causal_conv1d_inputs(g, 2, 5, 9, dtype=torch.bfloat16), "x", causal_conv1d),
-        "selective_scan": lambda: (selftest.selective_scan_inputs(g, 2, 5, 9, 4, dtype=torch.bfloat16), "u", selective_scan),
-        "causal_conv1d_update": lambda: (selftest.causal_conv1d_update_inputs(g, 2, 5, dtype=torch.bfloat16), "conv_state", causal_conv1d_update),
+        "causal_conv1d": lambda: (selfcheck.causal_conv1d_inputs(g, 2, 5, 9, dtype=torch.bfloat16), "x", causal_conv1d),
+        "selective_scan": lambda: (selfcheck.selective_scan_inputs(g, 2, 5, 9, 4, dtype=torch.bfloat16), "u", selective_scan),
+        "causal_conv1d_update": lambda: (selfcheck.causal_conv1d_update_inputs(g, 2, 5, dtype=torch.bfloat16), "conv_state", causal_conv1d_update),
         "selective_state_update": lambda: (
-            selftest.selective_state_update_inputs(g, 2, 5, 4, state_dtype=torch.bfloat16),
+            selfcheck.selective_state_update_inputs(g, 2, 5, 4, state_dtype=torch.bfloat16),
             "state",
             selective_state_update,
         ),
@@ -200,7 +200,7 @@ def test_row_024_triton_offsets_are_64_bit():
 @pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
 def test_row_025_dim_above_the_old_grid_limit(backend):
     dim = 65_537
-    inputs = selftest.selective_scan_inputs(generator(), 1, dim, 2, 1)
+    inputs = selfcheck.selective_scan_inputs(generator(), 1, dim, 2, 1)
     out = selective_scan(**inputs, backend=backend)
     tail = {k: v[:, -3:] if k in ("u", "delta", "z") else v[-3:] if k in ("A", "D", "delta_bias") else v for k, v in inputs.items()}
     assert_close(out[:, -3:], selective_scan(**tail, backend="reference"), 1e-6)
@@ -212,12 +212,12 @@ def test_row_025_dim_above_the_old_grid_limit(backend):
 )
 def test_row_027_state_indices_are_checked(backend, indices, words):
     index = torch.tensor(indices)
-    update = selftest.selective_state_update_inputs(generator(), 2, 5, 4)
+    update = selfcheck.selective_state_update_inputs(generator(), 2, 5, 4)
     before = update["state"].clone()
     with pytest.raises(CobraKernelsError) as caught:
         selective_state_update(**update, state_batch_indices=index, backend=backend)
     assert "state_batch_indices" in str(caught.value) and words in str(caught.value) and torch.equal(update["state"], before)
-    conv = selftest.causal_conv1d_update_inputs(generator(), 2, 5)
+    conv = selfcheck.causal_conv1d_update_inputs(generator(), 2, 5)
     before = conv["conv_state"].clone()
     with pytest.raises(CobraKernelsError, match="conv_state_indices"):
         causal_conv1d_update(**conv, conv_state_indices=index, backend=backend)
@@ -228,8 +228,8 @@ def test_row_027_state_indices_are_checked(backend, indices, words):
 @pytest.mark.parametrize("initial", [True, False])
 @pytest.mark.parametrize("seqlen", [1023, 1024, 1025, 1026, 1027])
 def test_row_029_lengths_around_a_chunk_with_and_without_a_state(backend, initial, seqlen):
-    inputs = selftest.selective_scan_inputs(generator(), 1, 3, seqlen, 4, initial=initial)
-    wide = {k: selftest.map_tensors(v, selftest.in_fp64) for k, v in inputs.items()}
+    inputs = selfcheck.selective_scan_inputs(generator(), 1, 3, seqlen, 4, initial=initial)
+    wide = {k: selfcheck.map_tensors(v, selfcheck.in_fp64) for k, v in inputs.items()}
     assert_close(selective_scan(**inputs, backend=backend), selective_scan(**wide, backend="reference"), 1e-6)
 
 
@@ -243,9 +243,9 @@ def test_row_030_incoming_gradients_of_any_layout(backend, form):
         "every second": torch.randn(2, 6, 20)[..., ::2],
     }[form]
     for op, inputs, name in (
-        (rms_norm, selftest.rms_norm_inputs(generator(), 12, 10), "x"),
-        (causal_conv1d, selftest.causal_conv1d_inputs(generator(), 2, 6, 10), "x"),
-        (selective_scan, selftest.selective_scan_inputs(generator(), 2, 6, 10, 4), "u"),
+        (rms_norm, selfcheck.rms_norm_inputs(generator(), 12, 10), "x"),
+        (causal_conv1d, selfcheck.causal_conv1d_inputs(generator(), 2, 6, 10), "x"),
+        (selective_scan, selfcheck.selective_scan_inputs(generator(), 2, 6, 10, 4), "u"),
     ):
         leaf = inputs[name].requires_grad_()
         out = op(**inputs, backend=backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cobra_kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, selftest
+from cobra_kernels import causal_conv1d, causal_conv1d_update, selective_scan, selective_state_update, selfcheck
 from cobra_kernels.errors import CobraKernelsError, ShapeError
 from tests import tolerances
 from tests.conftest import kernel_backends
@@ -20,11 +20,11 @@ def generator() -> torch.Generator:
 
 
 def wide(inputs: dict) -> dict:
-    return {k: selftest.map_tensors(v, selftest.in_fp64) for k, v in inputs.items()}
+    return {k: selfcheck.map_tensors(v, selfcheck.in_fp64) for k, v in inputs.items()}
 
 
 def scan_inputs(*args, **kwargs) -> dict:
-    return selftest.selective_scan_inputs(generator(), *args, **kwargs)
+    return selfcheck.selective_scan_inputs(generator(), *args, **kwargs)
 
 
 # --- A4: wrong results -----------------------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def test_row_034_softplus_around_its_threshold(backend, raw):
     delta = expected["delta"].clone().requires_grad_()
     (want,) = torch.autograd.grad(selective_scan(**{**expected, "delta": delta}, backend="reference").sum(), delta)
     assert_close(got, want, 1e-5)
-    update = selftest.selective_state_update_inputs(generator(), 1, 2, 4)
+    update = selfcheck.selective_state_update_inputs(generator(), 1, 2, 4)
     update |= {"dt": torch.full((1, 2), raw), "dt_bias": None}
     state = update["state"].double().clone()
     want = selective_state_update(**{**wide(update), "state": state}, backend="reference")
@@ -86,7 +86,7 @@ def test_row_038_groups(backend, groups):
 def test_row_039_and_045_sequences_shorter_than_the_window_for_every_width(backend, width):
     for seqlen in range(width + 2):
         for initial in (False, True):
-            inputs = selftest.causal_conv1d_inputs(generator(), 2, 5, seqlen, width, initial=initial)
+            inputs = selfcheck.causal_conv1d_inputs(generator(), 2, 5, seqlen, width, initial=initial)
             leaves = [inputs[k].requires_grad_() for k in ("x", "weight", "bias")]
             out, final = causal_conv1d(**inputs, return_final_states=True, activation="silu", backend=backend)
             expected = wide(inputs)
@@ -104,7 +104,7 @@ def test_row_040_and_055_combinations_that_cannot_be_honoured_are_refused(backen
     cu = torch.tensor([0, 3, 9])
     with pytest.raises(ShapeError, match="batch"):
         selective_scan(**scan_inputs(2, 3, 9, 4), cu_seqlens=cu, backend=backend)
-    conv = selftest.causal_conv1d_inputs(generator(), 2, 5, 9)
+    conv = selfcheck.causal_conv1d_inputs(generator(), 2, 5, 9)
     with pytest.raises(ShapeError, match="batch"):
         causal_conv1d(**conv, cu_seqlens=cu, backend=backend)
     seq_idx = torch.zeros(2, 9, dtype=torch.int32)
@@ -119,7 +119,7 @@ def test_row_036_bad_boundaries_are_refused(backend, cu):
     with pytest.raises(CobraKernelsError, match="cu_seqlens"):
         selective_scan(**scan_inputs(1, 3, 9, 4), cu_seqlens=torch.tensor(cu), backend=backend)
     with pytest.raises(CobraKernelsError, match="cu_seqlens"):
-        causal_conv1d(**selftest.causal_conv1d_inputs(generator(), 1, 5, 9), cu_seqlens=torch.tensor(cu), backend=backend)
+        causal_conv1d(**selfcheck.causal_conv1d_inputs(generator(), 1, 5, 9), cu_seqlens=torch.tensor(cu), backend=backend)
 
 
 @every_backend
@@ -141,7 +141,7 @@ def test_row_047_sizes_of_zero(backend, batch, dim, seqlen, initial):
         assert torch.equal(last, inputs["initial_state"] if initial else torch.zeros(batch, dim, 4))
     grads = torch.autograd.grad(out.sum() + last.sum(), leaves, allow_unused=True)
     assert all(g is None or (g.shape == t.shape and g.isfinite().all()) for g, t in zip(grads, leaves))
-    inputs = selftest.causal_conv1d_inputs(generator(), batch, dim, seqlen, 4, initial=initial)
+    inputs = selfcheck.causal_conv1d_inputs(generator(), batch, dim, seqlen, 4, initial=initial)
     out, final = causal_conv1d(**inputs, return_final_states=True, backend=backend)
     assert out.shape == (batch, dim, seqlen) and final.shape == (batch, dim, 3)
     if seqlen == 0:
@@ -181,7 +181,7 @@ def test_row_056_and_057_gradients_flow_through_both_states(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_row_051_conv_state_holds_inputs_bit_for_bit(backend, dtype):
-    inputs = selftest.causal_conv1d_update_inputs(generator(), 2, 5, 4, 4, 3, dtype)
+    inputs = selfcheck.causal_conv1d_update_inputs(generator(), 2, 5, 4, 4, 3, dtype)
     before = inputs["conv_state"].clone()
     causal_conv1d_update(**inputs, activation="silu", backend=backend)
     assert torch.equal(inputs["conv_state"], torch.cat([before, inputs["x"]], -1)[..., -4:])
@@ -237,7 +237,7 @@ def test_row_065_same_bits_run_after_run(backend):
 @pytest.mark.threads
 @pytest.mark.parametrize("backend", kernel_backends())
 def test_row_065_same_bits_for_any_number_of_threads(backend, threads):
-    once = {case.op: case for case in selftest.cases(1) if "projector" not in case.op}  # library GEMMs promise no bits
+    once = {case.op: case for case in selfcheck.cases(1) if "projector" not in case.op}  # library GEMMs promise no bits
     for case in once.values():
-        one, two = threads(lambda case=case: selftest.run(case, backend), 1, 2)
+        one, two = threads(lambda case=case: selfcheck.run(case, backend), 1, 2)
         assert all(torch.equal(a, b) for a, b in zip(one, two)), case.op
