@@ -280,8 +280,12 @@ class CobraConfig:
 
     @property
     def num_parameters(self) -> int:
-        """LM, projector and the matrices of the tower blocks that run (their norms and embeddings are not counted)."""
-        towers = sum(t.blocks_run * (4 * t.width**2 + 2 * t.width * t.mlp_width) for t in self.vision.towers)
+        """LM, projector, and the blocks and embeddings of the towers (without their norms and biases)."""
+        towers = sum(
+            t.blocks_run * (4 * t.width**2 + 2 * t.width * t.mlp_width)
+            + t.width * (3 * t.patch_size**2 + t.num_patches)
+            for t in self.vision.towers
+        )
         return self.lm.num_parameters + self.projector.num_parameters + towers
 
     def to_dict(self) -> dict[str, Any]:

@@ -262,10 +262,15 @@ def _resize_crop(image: Image.Image, px: int, side: int) -> Image.Image:
     else:
         full = (int(side * width / height), side)
     left, top = round((full[0] - px) / 2), round((full[1] - px) / 2)
-    if full[0] * full[1] > MAX_INTERMEDIATE:  # a thin strip: resample only the part that is kept
+    if full[0] * full[1] > MAX_INTERMEDIATE:  # a thin strip: resample only the part that is kept, and what it reads
         x, y = width / full[0], height / full[1]
-        box = (left * x, top * y, (left + px) * x, (top + px) * y)
-        return image.resize((px, px), Image.Resampling.BICUBIC, box=box)
+        reach_x, reach_y = 2 * max(x, 1) + 1, 2 * max(y, 1) + 1  # of the cubic
+        first_x, first_y = max(0, math.floor(left * x - reach_x)), max(0, math.floor(top * y - reach_y))
+        last_x = min(width, math.ceil((left + px) * x + reach_x))
+        last_y = min(height, math.ceil((top + px) * y + reach_y))
+        part = image.crop((first_x, first_y, last_x, last_y))
+        box = (left * x - first_x, top * y - first_y, (left + px) * x - first_x, (top + px) * y - first_y)
+        return part.resize((px, px), Image.Resampling.BICUBIC, box=box)
     return image.resize(full, Image.Resampling.BICUBIC).crop((left, top, left + px, top + px))
 
 
