@@ -2,7 +2,7 @@
 
     python -m benchmarks.model.bench_lm_prefill --threads 2
 
-The GEMMs alone are the roof: the same F.linear calls on the same weights, in the same order, with nothing between them. Everything
+The GEMMs alone are the roof: the same calls of the same library on the same weights, in order, nothing between them. Everything
 else that Mamba does (norms, convolution, scan, gates, states) has to fit into what the goal leaves above it. All providers run
 interleaved in one process; weights are random, since no figure here depends on them."""
 
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.harness import records as store
 from benchmarks.harness.bench import Bench, Cost, disagreement, parser, show
@@ -23,6 +22,7 @@ from benchmarks.harness.records import Record
 from benchmarks.harness.timing import Provider, Ratio, Timing, compare, measure
 from benchmarks.shapes import LM, LMShape
 from cobra_kernels import call_counts, reset_call_counts
+from cobra_kernels.linear import apply_linear, linear
 from cobra_kernels.modules import MambaConfig, MambaLMHeadModel
 
 OP = "lm_prefill"
@@ -72,11 +72,11 @@ def gemms_alone(model: MambaLMHeadModel, seqlen: int):
 
     def call() -> torch.Tensor:
         for mixer in mixers:
-            mixer.in_proj(hidden)
-            low = mixer.x_proj(inner)[..., : m.dt_rank]
-            F.linear(low, mixer.dt_proj.weight)
-            mixer.out_proj(inner)
-        return model.lm_head(hidden[:, -1])
+            apply_linear(mixer.in_proj, hidden)
+            low = apply_linear(mixer.x_proj, inner)[..., : m.dt_rank]
+            linear(low, mixer.dt_proj.weight)
+            apply_linear(mixer.out_proj, inner)
+        return apply_linear(model.lm_head, hidden[:, -1])
 
     return call
 

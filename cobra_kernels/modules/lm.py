@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cobra_kernels import errors
+from cobra_kernels.linear import apply_linear
 from cobra_kernels.modules.mamba import Block, InferenceParams, Mamba, MambaState, RMSNorm, add_norm
 
 # What a checkpoint's "ssm_cfg" may say, with the type of each value.
@@ -238,7 +239,7 @@ class MambaLMHeadModel(nn.Module):
         hidden_states = self.backbone(input_ids, inference_params, inputs_embeds=inputs_embeds, state=state, cu_seqlens=cu_seqlens)
         if num_last_tokens > 0:
             hidden_states = hidden_states[:, -num_last_tokens:]
-        return CausalLMOutput(self.lm_head(hidden_states))
+        return CausalLMOutput(apply_linear(self.lm_head, hidden_states))
 
     @torch.no_grad()
     def prefill(
@@ -277,7 +278,7 @@ class MambaLMHeadModel(nn.Module):
         ids, embeds = (prompt, None) if is_ids else (None, prompt)
         hidden_states = self.backbone(ids, inputs_embeds=embeds, state=state, cu_seqlens=cu_seqlens)
         hidden_states = hidden_states[:, last] if mask is None else hidden_states[0, last]
-        return self.lm_head(hidden_states), state
+        return apply_linear(self.lm_head, hidden_states), state
 
     @torch.no_grad()
     def decode(self, input_ids: Tensor, state: MambaState, *, rows: Tensor | None = None) -> Tensor:
@@ -294,7 +295,7 @@ class MambaLMHeadModel(nn.Module):
                 f"decode: rows has shape {tuple(rows.shape)}, expected (batch={input_ids.shape[0]},); batch comes from input_ids"
             )
         hidden_states = self.backbone(input_ids[:, None], state=state, state_indices=rows)
-        return self.lm_head(hidden_states[:, 0])
+        return apply_linear(self.lm_head, hidden_states[:, 0])
 
 
 def _padding_mask(prompt: Tensor, lengths: Tensor | list[int] | None, attention_mask: Tensor | None) -> Tensor | None:

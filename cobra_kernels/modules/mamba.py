@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cobra_kernels import causal_conv1d, causal_conv1d_update, errors, rms_norm, selective_scan, selective_state_update
+from cobra_kernels.linear import apply_linear, linear
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -294,7 +294,7 @@ class Mamba(nn.Module):
         if state_indices is not None:
             raise errors.ArgumentError(f"Mamba: state_indices is given for seqlen={seqlen}, expected seqlen=1, a state and no cu_seqlens")
 
-        x, z = self.in_proj(hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, seqlen), channel-last
+        x, z = apply_linear(self.in_proj, hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, seqlen), channel-last
         conv_state = ssm_state = None
         if state is not None:
             # Autograd saves the initial states, and these buffers are about to change.
@@ -308,7 +308,7 @@ class Mamba(nn.Module):
             activation=self.activation,
             cu_seqlens=cu_seqlens,
         )
-        dt, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = apply_linear(self.x_proj, u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._delta(dt)  # (batch, seqlen, d_inner)
         y = selective_scan(
             u,
@@ -329,7 +329,7 @@ class Mamba(nn.Module):
             with torch.no_grad():
                 state[0].copy_(_last_inputs(conv_state, x, cu_seqlens))
                 state[1].copy_(last_state)
-        return self.out_proj(y.transpose(1, 2))
+        return apply_linear(self.out_proj, y.transpose(1, 2))
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_indices: Tensor | None = None
@@ -345,7 +345,7 @@ class Mamba(nn.Module):
             raise errors.ShapeError(
                 f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected (batch, 1, d_model={self.d_model})"
             )
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)  # (batch, d_inner)
+        x, z = apply_linear(self.in_proj, hidden_states.squeeze(1)).chunk(2, dim=-1)  # (batch, d_inner)
         x = causal_conv1d_update(
             x,
             conv_state,
@@ -354,7 +354,7 @@ class Mamba(nn.Module):
             self.activation,
             conv_state_indices=state_indices,
         )
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._delta(dt)
         y = selective_state_update(
             ssm_state,
@@ -369,7 +369,7 @@ class Mamba(nn.Module):
             dt_softplus=True,
             state_batch_indices=state_indices,
         )
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        return apply_linear(self.out_proj, y).unsqueeze(1), conv_state, ssm_state
 
     def A(self) -> Tensor:
         """-exp(A_log) (d_inner, d_state), fp32 (fp64 for fp64); without gradients made once, kept until A_log changes.
@@ -438,7 +438,7 @@ class Mamba(nn.Module):
     def _delta(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """dt (..., dt_rank) -> delta (..., d_inner), and the bias that is still to be added, in fp32, by the scan."""
         if type(self.dt_proj) is nn.Linear:
-            return F.linear(dt, self.dt_proj.weight), self.dt_proj.bias
+            return linear(dt, self.dt_proj.weight), self.dt_proj.bias
         return self.dt_proj(dt), None  # wrapped by an adapter: its own forward counts
 
     def _check_state(self, state: tuple[Tensor, Tensor], rows: int) -> None:

@@ -1,0 +1,87 @@
+"""The choice between two libraries: the same numbers, and F.linear wherever the other one does not serve."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from cobra_kernels import linear as module
+from cobra_kernels.linear import apply_linear, linear
+from tests.tolerances import GEMM, assert_close
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Shapes that went to oneDNN."""
+    seen, original = [], module._onednn
+    if original is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(module, "_onednn", lambda x, *rest: seen.append(tuple(x.shape)) or original(x, *rest))
+    monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
+    return seen
+
+
+def layouts(x):
+    wide = torch.randn(*x.shape[:-1], x.shape[-1] + 9)
+    wide[..., 4:-5] = x
+    return {
+        "contiguous": x,
+        "columns of a wider row": wide[..., 4:-5],
+        "transposed": x.transpose(0, -1).contiguous().transpose(0, -1),
+        "every other row": torch.stack([x, x], dim=-2).flatten(-3, -2)[..., ::2, :] if x.dim() == 2 else x,
+        "broadcast": x[..., :1].expand_as(x),
+    }
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (5, 33), (2, 19, 48), (2, 3, 4, 16)], ids=str)
+@pytest.mark.parametrize("out", [1, 8, 65])
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_equals_torch_for_any_layout(calls, shape, out, bias):
+    weight, b = torch.randn(out, shape[-1]), torch.randn(out) if bias else None
+    for name, x in layouts(torch.randn(shape)).items():
+        got = linear(x, weight, b)
+        assert_close(got, F.linear(x.double(), weight.double(), None if b is None else b.double()).float(), GEMM, name)
+        assert got.is_contiguous()
+    assert len(calls) == 5
+
+
+def test_stays_with_torch_where_it_must(calls):
+    x, layer = torch.randn(4, 32), nn.Linear(32, 16)
+    out = apply_linear(layer, x)
+    assert out.requires_grad and not calls  # gradients
+    frozen = nn.Linear(32, 16).requires_grad_(False)
+    apply_linear(frozen, x)
+    assert len(calls) == 1  # nothing here requires one
+    with torch.no_grad():
+        linear(x.double(), layer.weight.double())
+        linear(x.bfloat16(), layer.weight.bfloat16())
+        linear(x.to("meta"), layer.weight.to("meta"))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, layer.weight).dtype == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            linear(x, layer.weight)
+        linear(x[:0], layer.weight)
+        assert len(calls) == 1
+        hooked = nn.Linear(32, 16)
+        hooked.register_forward_hook(lambda m, args, out: out * 0)
+        assert not apply_linear(hooked, x).any()
+
+        class Doubled(nn.Linear):
+            def forward(self, x):
+                return 2 * super().forward(x)
+
+        assert torch.equal(apply_linear(d := Doubled(32, 16), x), d(x))
+        assert len(calls) == 1
+
+
+@torch.no_grad()
+def test_small_products_stay_with_torch(monkeypatch):
+    seen = []
+    monkeypatch.setattr(module, "_onednn", lambda x, w, *rest: seen.append(x.shape[0]) or F.linear(x, w))
+    weight = torch.randn(80, 1536)
+    for rows in (1, 4, 5, 512):
+        linear(torch.randn(rows, 1536), weight)
+    assert seen == [5, 512]
