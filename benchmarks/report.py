@@ -59,7 +59,7 @@ td small { font-size: .86em; } .groups th { text-align: center; border-bottom: 0
 td.wrap { white-space: normal; text-align: left; overflow-wrap: anywhere; } ul { padding-left: 1.15rem; } li { margin: .35rem 0; }
 code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
 @media (max-width: 640px) { main { padding: 20px 16px 40px; } h1 { font-size: 1.4rem; } .top { grid-template-columns: 1fr; gap: 14px; }
-  .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; }
+  .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; object-position: 50% 12%; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 11px; } .card b { font-size: 1.05rem; }
   .card div { gap: 5px; } .card span { font-size: .68rem; } td small { display: block; white-space: nowrap; }
   svg.narrow { display: block; } svg.wide { display: none; } th, td { padding: 6px 3px; white-space: normal; } table { font-size: .8rem; } }
@@ -366,8 +366,8 @@ starts from the kept image: no vision, no projector, no image prefill.</p>
 <p class="soft">What must stay in memory besides the weights: a state of one size, or a cache that grows with every token.</p>
 {plots["memory"]}
 {tables["decode"]}
-<p class="soft">Of roof: the share of the memory read bandwidth of this run that the language model's weights and the state
-or cache would need at this speed.</p>
+<p class="soft">Of roof: the time that reading the language model's weights and the state or cache once would take, at the
+read bandwidth measured in the same rounds, divided by the time of a step.</p>
 
 <h2>What this does and does not show</h2>
 <ul>{"".join(f"<li>{escape(line)}</li>" for line in caveats(r))}</ul>
@@ -434,7 +434,7 @@ def demo_pngs(r: dict, folder: Path) -> list[Path]:
             axes.set_ylim(0, max(b for s in series for band in s.bands for b in band) * 1.15)
         axes.set(title=title, xlabel="tokens of context", ylabel=y_label)
         axes.grid(axis="y")
-        axes.legend(frameon=False, loc="upper left" if log_y else "lower left")
+        axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.01, 1.0), ncols=len(series))
         save(figure, name)
 
     with plt.rc_context(style):

@@ -186,4 +186,6 @@ def test_interleaving_keeps_every_sample_and_shuffles_by_seed():
     jobs = {name: (lambda n=name: seen.append(n) or {"total": 1.0}) for name in "ab"}
     samples = demo.interleave(jobs, rounds=8, seed=3)
     assert {name: len(s["total"]) for name, s in samples.items()} == {"a": 8, "b": 8}
+    assert len(demo.interleave(jobs, rounds=8, seed=3, budget=0)["a"]["total"]) == 3
+    seen = seen[:16]
     assert all(set(seen[i : i + 2]) == {"a", "b"} for i in range(0, 16, 2)) and seen != ["a", "b"] * 8

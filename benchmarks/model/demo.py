@@ -11,6 +11,7 @@ import argparse
 import gc
 import io
 import json
+import math
 import os
 import random
 import sys
@@ -54,14 +55,21 @@ def spread(samples: Sequence[float]) -> dict:
     }  # fmt: skip
 
 
-def interleave(jobs: dict[str, Callable[[], dict[str, float]]], rounds: int, seed: int) -> dict[str, dict[str, list[float]]]:
-    """Run every job once a round, in a seeded random order. A job returns {stage: seconds}; all samples are kept."""
+def interleave(
+    jobs: dict[str, Callable[[], dict[str, float]]], rounds: int, seed: int, budget: float = math.inf
+) -> dict[str, dict[str, list[float]]]:
+    """Run every job once a round, in a seeded random order. A job returns {stage: seconds}; all samples are kept.
+
+    After 3 rounds the budget (seconds) ends it: a busy machine gets fewer rounds, not a longer demo."""
+    start = time.monotonic()
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in jobs}
     order, turn = random.Random(seed), list(jobs)
     gc.collect()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= 3 and time.monotonic() - start > budget:
+                break
             order.shuffle(turn)
             for name in turn:
                 for stage, seconds in jobs[name]().items():
@@ -69,11 +77,6 @@ def interleave(jobs: dict[str, Callable[[], dict[str, float]]], rounds: int, see
     finally:
         gc.enable()
     return samples
-
-
-def rounds_within(seconds: float, one_round: float, most: int) -> int:
-    """Rounds that fit into `seconds`: at least 3, at most `most`. A busy machine gets fewer rounds, not a longer demo."""
-    return max(3, min(most, int(seconds / max(one_round, 1e-9))))
 
 
 def spreads(samples: dict[str, list[float]]) -> dict[str, dict]:
@@ -191,17 +194,16 @@ def decode_steps(subject, state, context: int, tokens: int) -> dict[str, float]:
     return {"step": (time.perf_counter() - start) / tokens}
 
 
-def questions(subjects: dict, photo: Image.Image, ids: torch.Tensor, most: int, seed: int, say: Progress) -> dict:
+def questions(subjects: dict, photo: Image.Image, ids: torch.Tensor, rounds: int, seed: int, say: Progress) -> dict:
     """Everything about time to first token; also that a kept image answers as a fresh one does."""
     result: dict[str, dict] = {"first": {}, "encode": {}, "second": {}}
-    pixels, kept, first_call, one_round = {}, {}, {}, 0.0
+    pixels, kept, first_call = {}, {}, {}
     for name, subject in subjects.items():
         pixels[name] = subject.preprocess(photo)
         stages, logits = first_question(subject, pixels[name], ids)
         first_call[name] = stages["total"]
         say(f"{subject.label}: first token after {seconds_text(stages['total'])}, the very first call of the process")
-        seconds, kept[name] = encode_image(subject, pixels[name])
-        one_round += seconds
+        _, kept[name] = encode_image(subject, pixels[name])
         _, again = second_question(subject, kept[name], ids)
         gap = ((again - logits).norm() / logits.norm()).item()
         if not gap < 1e-3:
@@ -212,14 +214,13 @@ def questions(subjects: dict, photo: Image.Image, ids: torch.Tensor, most: int, 
         subjects[name].preprocess(photo)
         return {"preprocess": time.perf_counter() - start}
 
-    rounds = rounds_within(24, one_round, most)
-    say(f"time to first token, {rounds} interleaved rounds ...")
-    first = interleave({n: lambda n=n: first_question(subjects[n], pixels[n], ids)[0] for n in subjects}, rounds, seed)
-    few = 3
-    resized = interleave({n: lambda n=n: timed_preprocess(n) for n in subjects}, few, seed)
-    encoded = interleave({n: lambda n=n: {"total": encode_image(subjects[n], pixels[n])[0]} for n in subjects}, few, seed)
+    say(f"time to first token, up to {rounds} interleaved rounds ...")
+    first = interleave({n: lambda n=n: first_question(subjects[n], pixels[n], ids)[0] for n in subjects}, rounds, seed, 24)
+    resized = interleave({n: lambda n=n: timed_preprocess(n) for n in subjects}, rounds, seed, 1)
+    encoded = interleave({n: lambda n=n: {"total": encode_image(subjects[n], pixels[n])[0]} for n in subjects}, 3, seed)
+    say(f"time to first token of a second question, up to {3 * rounds} interleaved rounds ...")
     asked = interleave(
-        {n: lambda n=n: {"total": second_question(subjects[n], kept[n], ids)[0]} for n in subjects}, 3 * rounds, seed
+        {n: lambda n=n: {"total": second_question(subjects[n], kept[n], ids)[0]} for n in subjects}, 3 * rounds, seed, 6
     )
     for name, subject in subjects.items():
         result["first"][name] = {**spreads(first[name]), **spreads(resized[name]), "first_call": first_call[name]}
@@ -265,32 +266,49 @@ def available_memory() -> int:
         return 4 * 10**9
 
 
-def decoding(subjects: dict, contexts: Sequence[int], most: int, seed: int, read_gbps: float, say: Progress) -> list[dict]:
+def contexts_that_fit(llava, contexts: Sequence[int], say: Progress) -> list[int]:
+    """All caches are alive at once, since all contexts share the rounds; the longest that do not fit are left out, aloud."""
+    probe = 64
+    per_token, budget, fitting = llava.state_bytes(llava.state_at(probe, 0)) / probe, 0.5 * available_memory(), []
+    for context in contexts:
+        budget -= per_token * (context + DECODE_TOKENS)
+        if budget < 0:
+            say(f"decode at {context} tokens and above left out: a KV cache of {bytes_text(per_token * context)} is too much here")
+            break
+        fitting.append(context)
+    return fitting
+
+
+def decoding(subjects: dict, contexts: Sequence[int], rounds: int, seed: int, say: Progress) -> list[dict]:
+    """Every context of every model in the same rounds, and with them a read of as many bytes as the weights: the roof."""
+    weights = {name: 4 * subject.parameters["language"] for name, subject in subjects.items()}
+    buffer = torch.ones(max(weights.values()) // 4)
+
+    def read_roof() -> dict[str, float]:
+        start = time.perf_counter()
+        buffer.sum()
+        return {"step": time.perf_counter() - start}
+
+    contexts = contexts_that_fit(subjects["llava"], contexts, say)
+    jobs: dict[str, Callable[[], dict[str, float]]] = {"roof": read_roof}
+    states = {}
+    for context in contexts:
+        for name, subject in subjects.items():
+            key = f"{name} {context}"
+            state = states[key] = subject.state_at(context, DECODE_TOKENS)
+            jobs[key] = lambda subject=subject, state=state, context=context: decode_steps(subject, state, context, DECODE_TOKENS)
+            decode_steps(subject, state, context, 2)
+    say(f"decode at {', '.join(map(report.context_text, contexts))} tokens of context, up to {rounds} interleaved rounds ...")
+    samples = interleave(jobs, rounds, seed, 36)
+    bandwidth = buffer.nbytes / quantile(samples["roof"]["step"], 0.5)
     rows = []
     for context in contexts:
-        probe = subjects["llava"].state_at(16, 0)
-        needed = subjects["llava"].state_bytes(probe) * context // 16
-        if needed > 0.4 * available_memory():
-            say(f"decode at {context} tokens left out: its KV cache of {bytes_text(needed)} is too much for this machine")
-            break
-        states = {name: subject.state_at(context, DECODE_TOKENS) for name, subject in subjects.items()}
-        one_round = DECODE_TOKENS * sum(decode_steps(s, states[n], context, 2)["step"] for n, s in subjects.items())
-        rounds = rounds_within(6, one_round, most)
-        jobs = {
-            n: lambda s=s, state=states[n], context=context: decode_steps(s, state, context, DECODE_TOKENS)
-            for n, s in subjects.items()
-        }
-        samples = interleave(jobs, rounds, seed)
         row: dict = {"context": context}
         for name, subject in subjects.items():
-            step, size = spread(samples[name]["step"]), subject.state_bytes(states[name])
-            read = 4 * subject.parameters["language"] + size
-            row[name] = {"step": step, "bytes": size, "read_fraction": read * 1e-9 / step["median"] / read_gbps}
+            key = f"{name} {context}"
+            step, size = spread(samples[key]["step"]), subject.state_bytes(states[key])
+            row[name] = {"step": step, "bytes": size, "read_fraction": (weights[name] + size) / bandwidth / step["median"]}
         rows.append(row)
-        rates = ", ".join(
-            f"{subjects[n].short} {figures(1 / row[n]['step']['median'])} tokens/s with {bytes_text(row[n]['bytes'])}" for n in subjects
-        )
-        say(f"decode at {context} tokens of context: {rates}")
     return rows
 
 
@@ -349,7 +367,7 @@ def run(args: argparse.Namespace) -> dict:
         choose_decode_mode(subjects["llava"], contexts[0], not args.no_compile and not args.quick, args.seed, say)
         say("measuring this machine's roofs ...")
         roofs = roofline.machine_roofs(seconds=0.4)
-        decode = decoding(subjects, contexts, rounds, args.seed, roofs["read_gbps"], say)
+        decode = decoding(subjects, contexts, rounds, args.seed, say)
     return results | {
         "photo": {"file": Path(args.photo).name, "size": list(photo.size), "credit": credit(Path(args.photo))},
         "settings": {
