@@ -53,8 +53,8 @@ def mlp_projector(
         count(MLP, name)
         return reference.mlp_projector(features, weights, biases)
     if requires_grad(*features, *weights, *biases):
-        return OPS.mlp_projector.default(features, weights, biases, name)
-    return _MLP_FORWARD[name](features, weights, biases)
+        return OPS.mlp_projector.default(features, weights, *_present(biases), name)
+    return _MLP_FORWARD[name](features, weights, *_present(biases))
 
 
 def ldp_projector(
@@ -104,8 +104,8 @@ def ldp_projector(
         count(LDP, name)
         return reference.ldp_projector(features, weights, biases, peg_weight, peg_bias, grid, out_grid)
     if requires_grad(*features, *weights, *biases, peg_weight, peg_bias):
-        return OPS.ldp_projector.default(features, weights, biases, peg_weight, peg_bias, grid, out_grid, name)
-    return _LDP_FORWARD[name](features, weights, biases, peg_weight, peg_bias, grid, out_grid)
+        return OPS.ldp_projector.default(features, weights, *_present(biases), peg_weight, peg_bias, grid, out_grid, name)
+    return _LDP_FORWARD[name](features, weights, *_present(biases), peg_weight, peg_bias, grid, out_grid)
 
 
 def plan_mlp(features, weights, biases, *, backend=None):
@@ -222,42 +222,74 @@ BACKENDS = {
 
 # --- torch ops -------------------------------------------------------------------------------------------------------
 
-_LAYERS = "Tensor[] features, Tensor[] weights, Tensor?[] biases"
+# Autograd takes lists of tensors, not of optional ones: `biases` holds those present, `biased` says which layers have one.
+_LAYERS = "Tensor[] features, Tensor[] weights, Tensor[] biases, bool[] biased"
 _PEG = "Tensor peg_weight, Tensor? peg_bias, SymInt[2] grid, SymInt[2] out_grid"
 
 
-def _mlp_fake(features, weights, biases, backend=None):
+def _present(biases) -> tuple[list, list]:
+    return [b for b in biases if b is not None], [b is not None for b in biases]
+
+
+def _mlp_fake(features, weights, biases, biased, backend=None):
     return features[0].new_empty((*features[0].shape[:-1], weights[-1].shape[0]))
 
 
-def _ldp_fake(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend=None):
+def _ldp_fake(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, backend=None):
     return features[0].new_empty((features[0].shape[0], out_grid[0] * out_grid[1], weights[-1].shape[0]))
 
 
-def _gradients_fake(dy, *arguments):
-    *inputs, wanted = arguments
-    tensors = [t for group in inputs for t in (group if isinstance(group, (list, tuple)) else [group])]
-    tensors = [t for t in tensors if t is None or isinstance(t, torch.Tensor)]  # without the grids
-    return [t.new_empty(t.shape) for t, want in zip(tensors, wanted) if want]
+def _mlp_bwd_fake(dy, features, weights, biases, biased, wanted):
+    return [t.new_empty(t.shape) for t, want in zip([*features, *weights, *biases], wanted) if want]
 
 
-def _counted(op, function):
-    def run(*arguments):
-        count(op, "cpu")
-        return function(*arguments)
+def _ldp_bwd_fake(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
+    return [t.new_empty(t.shape) for t, want in zip([*features, *weights, *biases, peg_weight, peg_bias], wanted) if want]
 
-    return run
+
+def _full(present, biased, absent=None) -> list:
+    """One entry per layer again."""
+    present = iter(present)
+    return [next(present) if has else absent for has in biased]
+
+
+def _all_wanted(wanted, features, weights, biases, biased) -> list[bool]:
+    first, last = len(features) + len(weights), len(features) + len(weights) + len(biases)
+    return [*wanted[:first], *_full(wanted[first:last], biased, False), *wanted[last:]]
+
+
+def _mlp_fwd_cpu(features, weights, biases, biased):
+    count(MLP, "cpu")
+    return cpu_kernel.mlp_projector_fwd(features, weights, _full(biases, biased))
+
+
+def _mlp_bwd_cpu(dy, features, weights, biases, biased, wanted):
+    count(f"{MLP}_bwd", "cpu")
+    wanted = _all_wanted(wanted, features, weights, biases, biased)
+    return cpu_kernel.mlp_projector_bwd(dy, features, weights, _full(biases, biased), wanted)
+
+
+def _ldp_fwd_cpu(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid):
+    count(LDP, "cpu")
+    return cpu_kernel.ldp_projector_fwd(features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid)
+
+
+def _ldp_bwd_cpu(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
+    count(f"{LDP}_bwd", "cpu")
+    wanted = _all_wanted(wanted, features, weights, biases, biased)
+    return cpu_kernel.ldp_projector_bwd(dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, wanted)
 
 
 define(f"mlp_projector_fwd({_LAYERS}) -> Tensor", _mlp_fake)
 define(f"ldp_projector_fwd({_LAYERS}, {_PEG}) -> Tensor", _ldp_fake)
 # The gradients of the tensors that `wanted` marks, in the order of the arguments.
-define(f"mlp_projector_bwd(Tensor dy, {_LAYERS}, bool[] wanted) -> Tensor[]", _gradients_fake)
-define(f"ldp_projector_bwd(Tensor dy, {_LAYERS}, {_PEG}, bool[] wanted) -> Tensor[]", _gradients_fake)
-for _op in (MLP, LDP):
-    implement(f"{_op}_fwd", _counted(_op, getattr(cpu_kernel, f"{_op}_fwd")), "CPU")
-    implement(f"{_op}_bwd", _counted(f"{_op}_bwd", getattr(cpu_kernel, f"{_op}_bwd")), "CPU")
-    first_order_only(f"{_op}_bwd")
+define(f"mlp_projector_bwd(Tensor dy, {_LAYERS}, bool[] wanted) -> Tensor[]", _mlp_bwd_fake)
+define(f"ldp_projector_bwd(Tensor dy, {_LAYERS}, {_PEG}, bool[] wanted) -> Tensor[]", _ldp_bwd_fake)
+for _name, _function in (("mlp_projector_fwd", _mlp_fwd_cpu), ("mlp_projector_bwd", _mlp_bwd_cpu),
+                         ("ldp_projector_fwd", _ldp_fwd_cpu), ("ldp_projector_bwd", _ldp_bwd_cpu)):  # fmt: skip
+    implement(_name, _function, "CPU")
+first_order_only("mlp_projector_bwd")
+first_order_only("ldp_projector_bwd")
 
 _MLP_FORWARD = {"cpu": OPS.mlp_projector_fwd.default}
 _MLP_BACKWARD = {"cpu": OPS.mlp_projector_bwd.default}
@@ -265,56 +297,55 @@ _LDP_FORWARD = {"cpu": OPS.ldp_projector_fwd.default}
 _LDP_BACKWARD = {"cpu": OPS.ldp_projector_bwd.default}
 
 
-def _mlp_differentiable(features, weights, biases, backend):
-    return _MLP_FORWARD[backend](features, weights, biases)
+def _mlp_differentiable(features, weights, biases, biased, backend):
+    return _MLP_FORWARD[backend](features, weights, biases, biased)
 
 
-def _ldp_differentiable(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend):
-    return _LDP_FORWARD[backend](features, weights, biases, peg_weight, peg_bias, grid, out_grid)
+def _ldp_differentiable(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, backend):
+    return _LDP_FORWARD[backend](features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid)
 
 
-def _save(ctx, features, weights, biases, *others) -> None:
-    tensors = [*features, *weights, *biases, *others]
-    ctx.counts = (len(features), len(weights))
+def _save(ctx, features, weights, biases, *peg) -> None:
+    tensors = [*features, *weights, *biases, *peg]
+    ctx.counts = (len(features), len(weights), len(biases))
     ctx.wanted = [t is not None and t.requires_grad for t in tensors]
     ctx.save_for_backward(*tensors)
 
 
-def _saved(ctx) -> tuple[list, list, list, list]:
-    k, n = ctx.counts
-    tensors = list(ctx.saved_tensors)
-    return tensors[:k], tensors[k : k + n], tensors[k + n : k + 2 * n], tensors[k + 2 * n :]
+def _grouped(ctx, tensors) -> tuple[list, list, list, list]:
+    """Features, weights, biases, and the two of the encoding."""
+    k, n, b = ctx.counts
+    return tensors[:k], tensors[k : k + n], tensors[k + n : k + n + b], tensors[k + n + b :]
 
 
 def _placed(ctx, gradients) -> tuple[list, list, list, list]:
-    """Gradients of the wanted tensors -> one list per argument, None elsewhere."""
-    k, n = ctx.counts
+    """The gradients of the wanted tensors in their places, None elsewhere."""
     gradients = iter(gradients)
-    placed = [next(gradients) if want else None for want in ctx.wanted]
-    return placed[:k], placed[k : k + n], placed[k + n : k + 2 * n], placed[k + 2 * n :]
+    return _grouped(ctx, [next(gradients) if want else None for want in ctx.wanted])
 
 
 def _mlp_setup_context(ctx, inputs, output):
-    features, weights, biases, ctx.backend = inputs
+    features, weights, biases, ctx.biased, ctx.backend = inputs
     _save(ctx, features, weights, biases)
 
 
 def _mlp_backward(ctx, dy):
-    features, weights, biases, _ = _saved(ctx)
-    dfeatures, dweights, dbiases, _ = _placed(ctx, _MLP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.wanted))
-    return dfeatures, dweights, dbiases, None
+    features, weights, biases, _ = _grouped(ctx, list(ctx.saved_tensors))
+    gradients = _MLP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.biased, ctx.wanted)
+    dfeatures, dweights, dbiases, _ = _placed(ctx, gradients)
+    return dfeatures, dweights, dbiases, None, None
 
 
 def _ldp_setup_context(ctx, inputs, output):
-    features, weights, biases, peg_weight, peg_bias, ctx.grid, ctx.out_grid, ctx.backend = inputs
+    features, weights, biases, ctx.biased, peg_weight, peg_bias, ctx.grid, ctx.out_grid, ctx.backend = inputs
     _save(ctx, features, weights, biases, peg_weight, peg_bias)
 
 
 def _ldp_backward(ctx, dy):
-    features, weights, biases, peg = _saved(ctx)
-    gradients = _LDP_BACKWARD[ctx.backend](dy, features, weights, biases, *peg, ctx.grid, ctx.out_grid, ctx.wanted)
+    features, weights, biases, peg = _grouped(ctx, list(ctx.saved_tensors))
+    gradients = _LDP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.biased, *peg, ctx.grid, ctx.out_grid, ctx.wanted)
     dfeatures, dweights, dbiases, (dpeg_weight, dpeg_bias) = _placed(ctx, gradients)
-    return dfeatures, dweights, dbiases, dpeg_weight, dpeg_bias, None, None, None
+    return dfeatures, dweights, dbiases, None, dpeg_weight, dpeg_bias, None, None, None
 
 
 define(f"mlp_projector({_LAYERS}, str backend) -> Tensor", _mlp_fake)
