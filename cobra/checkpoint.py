@@ -184,10 +184,15 @@ def _convert_line(directory: Path, config: CobraConfig) -> str:
 
 def read_config(directory: str | os.PathLike[str]) -> CobraConfig:
     """The config of a checkpoint directory; raises CheckpointError, for an official one with the way to convert it."""
-    directory = Path(directory)
+    return _read_config(Path(directory))[0]
+
+
+def _read_config(directory: Path) -> tuple[CobraConfig, str]:
+    """The config and the sha256 of its file."""
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: is no directory, expected one with {CONFIG} and {WEIGHTS}")
-    config = parse_config(_read(directory, CONFIG, MAX_CONFIG_BYTES))
+    data = _read(directory, CONFIG, MAX_CONFIG_BYTES)
+    config = parse_config(data)
     if not _exists(directory, WEIGHTS) and not _exists(directory, INDEX):
         if (directory / OFFICIAL).exists():
             raise CheckpointError(
@@ -196,12 +201,14 @@ def read_config(directory: str | os.PathLike[str]) -> CobraConfig:
                 f"    {_convert_line(directory, config)}"
             )
         raise CheckpointError(f"{directory}: has neither {WEIGHTS} nor {INDEX}")
-    return config
+    return config, hashlib.sha256(data).hexdigest()
 
 
-def _read_index(directory: Path) -> dict[str, set[str]]:
+def _read_index(directory: Path, digests: Mapping[str, str]) -> dict[str, set[str]]:
     """Shard file name -> names of its tensors."""
-    index = strict_json(_read(directory, INDEX, MAX_INDEX_BYTES), INDEX)
+    data = _read(directory, INDEX, MAX_INDEX_BYTES)
+    _compare_digest(digests, INDEX, hashlib.sha256(data).hexdigest())
+    index = strict_json(data, INDEX)
     if not isinstance(index, dict) or not {"weight_map"} <= set(index) <= {"metadata", "weight_map"}:
         raise CheckpointError(f"{INDEX}: is no object of weight_map and metadata")
     weight_map = index["weight_map"]
@@ -291,7 +298,7 @@ def _read_tensors(
     single, sharded = _exists(directory, WEIGHTS), _exists(directory, INDEX)
     if single and sharded:
         raise CheckpointError(f"{directory}: has {WEIGHTS} and {INDEX}, expected one of them")
-    shards = _read_index(directory) if sharded else {WEIGHTS: None}
+    shards = _read_index(directory, digests) if sharded else {WEIGHTS: None}
     with contextlib.ExitStack() as stack:
         opened, entries = {}, []
         for name, names in shards.items():
@@ -341,9 +348,10 @@ def load(
     if dtype is not None and dtype not in DTYPES.values():
         raise CheckpointError(f"load: dtype is {dtype}, expected float32, bfloat16, float16 or None")
     directory = Path(directory)
-    config = read_config(directory)
+    config, config_digest = _read_config(directory)
     digests = _read_manifest(directory, require_manifest)
-    tokenizer = _load_small_files(directory, config, digests)
+    _compare_digest(digests, CONFIG, config_digest)
+    tokenizer = _load_tokenizer(directory, config, digests)
     model = meta_model(config)
     weights = _read_tensors(directory, expected_shapes(model), digests, dtype)
     model.load_state_dict(weights, strict=False, assign=True)  # strict by expected_shapes; only tied names are left out
@@ -358,7 +366,7 @@ def load_into(model: CobraVLM, directory: str | os.PathLike[str], *, require_man
     Everything is read and checked first: on CheckpointError the model is as it was.
     """
     directory = Path(directory)
-    config = read_config(directory)
+    config, config_digest = _read_config(directory)
     if (config.vision, config.projector_kind, config.lm) != (
         model.config.vision,
         model.config.projector_kind,
@@ -368,7 +376,8 @@ def load_into(model: CobraVLM, directory: str | os.PathLike[str], *, require_man
             f"load_into: {directory} is {config.model_id!r}, whose shape is not that of the model, {model.config.model_id!r}"
         )
     digests = _read_manifest(directory, require_manifest)
-    _load_small_files(directory, config, digests)
+    _compare_digest(digests, CONFIG, config_digest)
+    _load_tokenizer(directory, config, digests)
     weights = _read_tensors(directory, expected_shapes(model), digests, None)
     state = model.state_dict()
     with torch.no_grad():
@@ -376,9 +385,8 @@ def load_into(model: CobraVLM, directory: str | os.PathLike[str], *, require_man
             state[name].copy_(tensor)
 
 
-def _load_small_files(directory: Path, config: CobraConfig, digests: Mapping[str, str]) -> Tokenizer | None:
-    """The tokenizer, if there is one; the digests of config and tokenizer are compared."""
-    _compare_digest(digests, CONFIG, hashlib.sha256(_read(directory, CONFIG, MAX_CONFIG_BYTES)).hexdigest())
+def _load_tokenizer(directory: Path, config: CobraConfig, digests: Mapping[str, str]) -> Tokenizer | None:
+    """The tokenizer, if there is one."""
     if not _exists(directory, TOKENIZER):
         return None
     data = _read(directory, TOKENIZER, MAX_TOKENIZER_BYTES)
