@@ -144,7 +144,7 @@ def mlp_projector_bwd(dy, features, weights, biases, wanted):
 def ldp_projector_bwd(dy, features, weights, biases, peg_weight, peg_bias, grid, out_grid, wanted):
     dtype, compute, batch = features[0].dtype, _compute_dtype(features[0].dtype), features[0].shape[0]
     (w1, w2), (b1, b2) = ([_as(t, compute) for t in pair] for pair in (weights, biases))
-    hidden, out = w1.shape[0], w2.shape[0]
+    out = w2.shape[0]
 
     def as_grid(t, size):  # (batch, tokens, c) or (rows, c) -> (batch, c, height, width)
         return t.reshape(batch, size[0] * size[1], t.shape[-1]).transpose(1, 2).reshape(batch, t.shape[-1], *size)
