@@ -92,6 +92,40 @@ __global__ void round_kernel(ProbeParams p) {
   p.out[i] = int(unsigned(low) | unsigned(high) << 16);
 }
 
+__constant__ int kTable[4] = {3, 1, 4, 1};
+
+// Everything else of language.h, one number per line; blocks and threads of three dims.
+__global__ void language_kernel(ProbeParams p) {
+  const int thread = int(threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z));
+  const int block = int(blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z));
+  const int threads = int(blockDim.x * blockDim.y * blockDim.z);
+  int* const out = p.out + (int64_t(block) * threads + thread) * 16;
+  out[0] = block * 1000 + thread;
+  out[1] = kTable[thread % 4] * warpSize;
+  const int4 four = make_int4(1, 2, 3, thread);
+  const int2 two = make_int2(four.x, four.w);
+  const uint4 words = make_uint4(1, 2, 3, unsigned(two.y));
+  const uint2 pair = make_uint2(words.z, words.w);
+  out[2] = int(pair.x * pair.y) + four.y + two.x;
+  out[3] = __ldg(p.in) == 2.f && __ldcs(p.in + 1) == 3.f && __ldcg(p.in + 2) == 4.f;
+  __stcs(out + 4, thread);
+  __stcg(out + 5, block);
+  const __nv_bfloat162 halves = __floats2bfloat162_rn(1.5f, float(thread));
+  const __half2 more = __floats2half2_rn(2.5f, float(thread));
+  out[6] = int(2.f * __bfloat162float(halves.x) + __bfloat162float(halves.y));
+  out[7] = int(2.f * __half2float(more.x) + __half2float(more.y));
+  out[8] = int(100.f * (__expf(1.f) + __logf(2.f) + __fdividef(1.f, 4.f) + rsqrtf(4.f) + __frcp_rn(8.f)));
+  out[9] = atomicMin(p.maximum, -thread) <= 0;
+  __threadfence();
+  __threadfence_block();
+  if (thread == 0) {  // one thread per block: the others' updates are done or not
+    out[10] = int(atomicCAS(p.flags + block, 0u, 7u));
+    out[11] = int(atomicCAS(p.flags + block, 0u, 9u));
+    out[12] = int(atomicExch(p.flags + block, 5u));
+    out[13] = int(p.flags[block]);
+  }
+}
+
 // Kernels that must fail: what = 0 half the block misses a barrier, 1 a thread leaves before it, 2 a lane misses a
 // shuffle, 3 a lane calls one without being in its mask, 4 lanes of one mask call different collectives.
 __global__ void broken_kernel(ProbeParams p) {
@@ -115,6 +149,7 @@ int probe_cuda(const ProbeParams& p, void* stream) {
     case 2: return launch(&chain_kernel, dim3(unsigned(p.blocks)), dim3(32), 0, stream, p);
     case 3: return launch(&round_kernel, dim3(unsigned(p.blocks)), dim3(128), 0, stream, p);
     case 4: return launch(&broken_kernel, dim3(1), dim3(64), 0, stream, p);
+    case 5: return launch(&language_kernel, dim3(1, 2, unsigned(p.blocks)), dim3(5, 3, 2), 0, stream, p);
     default: return launch(&round_kernel, dim3(unsigned(p.blocks), 1, 1), dim3(2048), 0, stream, p);  // more than a block holds
   }
 }

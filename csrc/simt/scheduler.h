@@ -17,7 +17,12 @@
 namespace simt {
 
 constexpr int kWarpSize = 32, kMaxThreads = 1024, kMaxWarps = kMaxThreads / kWarpSize;
-constexpr int kMaxSharedArrays = 32, kMaxFibers = 16384;
+constexpr int kMaxSharedArrays = 32;
+#if defined(SIMT_TSAN)
+constexpr int kMaxFibers = 4096;  // TSan counts each as a thread and has room for 8128
+#else
+constexpr int kMaxFibers = 16384;  // two memory mappings each, of the 65530 that Linux gives a process
+#endif
 constexpr size_t kMaxStaticShared = 48 << 10, kMaxDynamicShared = 227 << 10;
 
 struct Block;
@@ -118,6 +123,7 @@ template <class... Args>
   const dim3 b = current->block->index, t = current->index;
   const int n = std::snprintf(m.failure, sizeof m.failure, "block (%u,%u,%u) thread (%u,%u,%u): ", b.x, b.y, b.z, t.x, t.y, t.z);
   std::snprintf(m.failure + n, sizeof m.failure - size_t(n), format, args...);
+  release(m.failure);
   Fiber& from = current->fiber;
   current = nullptr;
   from.switch_to(m.host);
@@ -179,6 +185,7 @@ SIMT_RUNTIME inline void wait() {
   if (machine->count == 0) fail_deadlock();
   Thread* const next = take_ready();
   if (next == me) return;
+  release(machine->failure);  // should the launch fail now, what this thread did comes before its memory is freed
   current = next;
   me->fiber.switch_to(next->fiber);
 }

@@ -94,6 +94,7 @@ inline int launch(dim3 grid, dim3 block, size_t dynamic_bytes, void (*call)(cons
   run_until_done();
   Block* b = m.slots;
   for (int64_t i = 0; i < resident; ++i, b = b->next_slot) acquire(&b->exit_token);
+  acquire(m.failure);
   if (m.failure[0]) {
     const std::string message = m.failure;
     this_thread_machine(/*fresh=*/true);

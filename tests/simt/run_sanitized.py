@@ -55,6 +55,23 @@ def child_command(target: str, arguments: list[str]) -> tuple[list[str], dict[st
     return command, environment
 
 
+def run_probe(target: str, module: Path) -> None:
+    """The emulator's own tests under the sanitizer: hand-over between blocks, and launches that fail and are dropped."""
+    from tests.simt import test_simt
+
+    host, start = harness.load_module(module), time.perf_counter()
+    for order, seed in (("forward", 1), ("reverse", 1), ("random", 5)):
+        test_simt.test_warp_collectives(host, order, seed)
+        test_simt.test_language(host, order, seed)
+        for resident in (1, 3, 0):
+            test_simt.test_block_barriers_and_shared_memory(host, order, seed, resident)
+            test_simt.test_blocks_hand_over_by_ticket_with_any_number_resident(host, order, seed, resident)
+        for what, message in test_simt.BROKEN_RULES:
+            test_simt.test_a_broken_rule_is_an_exception(host, order, seed, what, message)
+    test_simt.test_two_threads_launch_at_once(host)
+    print(f"[{target}] emulator: {time.perf_counter() - start:.1f} s")
+
+
 def run_cases(target: str, module: Path, names: list[str], only: str | None, simt: dict | None) -> None:
     """The cases of `names`, or the one case with id `only`, in this process; raises at the first that fails."""
     harness.guard = 64 if target == "host" else 0
@@ -89,6 +106,7 @@ def main() -> int:
     parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)  # set in the child: the module to load
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--order", help=argparse.SUPPRESS)
+    parser.add_argument("--resident", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--large-strides", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.room or rooms()
@@ -97,7 +115,10 @@ def main() -> int:
             for name in names:
                 importlib.import_module(f"tests.simt.room_{name}").check_large_strides(harness.load_module(options.module), "cuda")
         else:
-            run_cases(options.target[0], options.module, names, options.case, {"order": options.order, "seed": 5} if options.order else None)
+            if not options.case:
+                run_probe(options.target[0], options.module)
+            simt = {"order": options.order, "seed": 5, "resident": options.resident} if options.order else None
+            run_cases(options.target[0], options.module, names, options.case, simt)
         return 0
     for target in options.target:
         module = harness.build_module(target)

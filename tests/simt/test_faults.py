@@ -67,6 +67,10 @@ FAULTS = [
     Fault("misaligned vector access", "rms_norm/rms_norm_cuda.cuh", "reinterpret_cast<uintptr_t>(base) % alignment == 0", "true",
           "rms_norm_cuda_fwd.cu", "asan", ("--case", "shape=(3,5,64)-dtype=bf16-layout=unaligned", "--order", "forward"),
           "misaligned address"),
+    Fault("two blocks write one place", "rms_norm/rms_norm_cuda_bwd.cu",
+          "float* const partial = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * p.dim;",
+          "float* const partial = static_cast<float*>(p.partial);", "rms_norm_cuda_bwd.cu", "tsan",
+          ("--case", "shape=(33,40)", "--order", "random", "--resident", "3"), "ThreadSanitizer: data race"),
     Fault("a thread misses the barrier", "common/reduce.cuh", "    __syncthreads();\n", "    if (threadIdx.x != 40) __syncthreads();\n",
           "rms_norm_cuda_fwd.cu", "host", ("--case", MANY_WARPS, "--order", "forward"), "SimtFailure: simt: block"),
 ]  # fmt: skip
