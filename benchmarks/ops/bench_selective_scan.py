@@ -1,0 +1,121 @@
+"""selective_scan against the exponential floor. `python -m benchmarks.ops.bench_selective_scan --help`.
+
+The yardstick is exponentials, not bytes: a step of a channel takes dstate decays, and softplus (an exponential and a
+logarithm) and SiLU three more. Everything a Mamba block uses is on: D, z, delta_bias, softplus."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
+from benchmarks.harness.timing import Provider
+from benchmarks.shapes import LENGTHS, LM
+from cobra_kernels import selective_scan
+
+SHAPES = {
+    "130m-image": (1, LM["130m"].d_inner, LENGTHS["image"], LM["130m"].dstate),
+    "cobra-3b-image": (1, LM["cobra-3b"].d_inner, LENGTHS["image"], LM["cobra-3b"].dstate),
+    "cobra-3b-2k": (1, LM["cobra-3b"].d_inner, LENGTHS["2k"], LM["cobra-3b"].dstate),
+}
+LAYOUTS = ("channel-last", "channel-first")
+
+
+def cost(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> Cost:
+    steps = batch * dim * seqlen
+    size = 4 * steps + 2 * batch * dstate * seqlen  # u, delta, z, out; B, C
+    states = (dim * dstate + 2 * dim + batch * dim * dstate) * 4  # A; D, delta_bias; last_state
+    return Cost(bytes=size * dtype.itemsize + states, flops=steps * (6 * dstate + 8), exps=steps * (dstate + 3))
+
+
+def make_inputs(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype, layout: str, device: str, index: int) -> tuple:
+    g = torch.Generator(device).manual_seed(index)
+
+    def sequence(n: int, last: bool) -> torch.Tensor:  # (batch, n, seqlen)
+        shape = (batch, seqlen, n) if last else (batch, n, seqlen)
+        t = torch.randn(shape, generator=g, device=device).to(dtype)
+        return t.transpose(1, 2) if last else t
+
+    u, delta, z = (sequence(dim, layout == "channel-last") for _ in range(3))
+    B, C = (sequence(dstate, True) for _ in range(2))  # token-major, as x_proj leaves them
+    A = -torch.arange(1, dstate + 1, device=device).float().repeat(dim, 1) * (0.5 + torch.rand(dim, 1, generator=g, device=device))
+    D, delta_bias = torch.ones(dim, device=device), torch.rand(dim, generator=g, device=device) - 4.0
+    return u, delta, A, B, C, D, z, delta_bias
+
+
+def ours(u, delta, A, B, C, D, z, delta_bias, *, backend=None):
+    return selective_scan(u, delta, A, B, C, D, z, delta_bias, True, True, backend=backend)
+
+
+def _discretised(u, delta, A, B, delta_bias):
+    dt = F.softplus(delta.float() + delta_bias[:, None])  # (batch, dim, seqlen)
+    decay = torch.exp(A[None, :, None, :] * dt[..., None])  # (batch, dim, seqlen, dstate), materialised
+    return decay, dt[..., None] * B.float().transpose(1, 2)[:, None] * u.float()[..., None]
+
+
+def materialised_loop(u, delta, A, B, C, D, z, delta_bias):
+    """What transformers does without kernels: (batch, dim, seqlen, dstate) tensors and a Python loop over time."""
+    decay, inputs = _discretised(u, delta, A, B, delta_bias)
+    state, ys = torch.zeros_like(decay[:, :, 0]), []
+    columns = C.float().transpose(1, 2)  # (batch, seqlen, dstate)
+    for t in range(u.shape[-1]):
+        state = decay[:, :, t] * state + inputs[:, :, t]
+        ys.append(torch.matmul(state, columns[:, t, :, None])[..., 0])
+    y = torch.stack(ys, -1) + u.float() * D[:, None]
+    return (y * F.silu(z.float())).to(u.dtype), state
+
+
+def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
+    """The parallel scan of mambapy, which transformers can use instead of its loop."""
+    from mambapy.pscan import pscan
+
+    decay, inputs = _discretised(u, delta, A, B, delta_bias)
+    states = pscan(decay.transpose(1, 2).contiguous(), inputs.transpose(1, 2).contiguous())  # (batch, seqlen, dim, dstate)
+    y = (states @ C.float().transpose(1, 2)[..., None])[..., 0].transpose(1, 2) + u.float() * D[:, None]
+    return (y * F.silu(z.float())).to(u.dtype), states[:, -1]
+
+
+def peers() -> list[Provider]:
+    found = [Provider("materialised loop (transformers)", materialised_loop)]
+    try:
+        import mambapy.pscan  # noqa: F401
+    except ImportError:
+        return found
+    return [*found, Provider("mambapy", mambapy_scan)]
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    for shape, (batch, dim, seqlen, dstate) in SHAPES.items():
+        for layout in LAYOUTS:
+            for name in ("fp32", "bf16"):
+                dtype = DTYPES[name]
+
+                def inputs(index: int, dims=(batch, dim, seqlen, dstate), dtype=dtype, layout=layout) -> tuple:
+                    return make_inputs(*dims, dtype, layout, args.device, index)
+
+                compared = layout == LAYOUTS[0] and name == "fp32"
+                kernels = backend_providers("selective_scan", ours, ("cpu", "triton", "cuda"))  # the reference takes seconds
+                providers = [p for p in kernels if serves(p.name, args.device)]
+                yield Case(
+                    f"fwd {layout}", name, shape, {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": dstate},
+                    cost(batch, dim, seqlen, dstate, dtype), "exp", inputs, [*providers, *(peers() if compared else [])],
+                    quick=shape == "cobra-3b-image" and not compared or shape == "130m-image" and compared,
+                )  # fmt: skip
+
+
+def serves(backend: str, device: str) -> bool:
+    """Whether this op has that backend for tensors on `device`."""
+    from cobra_kernels import supports
+
+    return supports("selective_scan", *make_inputs(1, 2, 3, 2, torch.float32, LAYOUTS[0], device, 0), True, backend=backend)[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_bench("selective_scan", cases, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
