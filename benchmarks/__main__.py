@@ -18,17 +18,19 @@ from benchmarks.harness.bench import COLUMNS, rows_of
 from benchmarks.harness.environment import ROOT, stamp
 from benchmarks.harness.table import print_table
 
-OPS = Path(__file__).parent / "ops"
+HERE = Path(__file__).parent
 LIMIT_SECONDS = 240  # of one bench
 
 
-def benches() -> list[str]:
-    return sorted(path.stem.removeprefix("bench_") for path in OPS.glob("bench_*.py"))
+def benches() -> dict[str, str]:
+    """Name -> module of every bench_<name>.py."""
+    files = [*sorted(HERE.glob("ops/bench_*.py")), *sorted(HERE.glob("model/bench_*.py"))]
+    return {f.stem.removeprefix("bench_"): f"benchmarks.{f.parent.name}.{f.stem}" for f in files}
 
 
 def run_one(op: str, arguments: list[str], quiet: bool) -> tuple[int, str]:
     """(exit status, output) of one bench in a process of its own; its output streams through unless quiet."""
-    command = [sys.executable, "-m", f"benchmarks.ops.bench_{op}", *arguments]
+    command = [sys.executable, "-m", benches()[op], *arguments]
     try:
         done = subprocess.run(
             command, cwd=ROOT, check=False, timeout=LIMIT_SECONDS, text=True,
@@ -44,7 +46,7 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
     rows: list[list[str]] = []
     notes: list[str] = []
     began = time.monotonic()
-    names = args.only or benches()
+    names = args.only or list(benches())
     with tempfile.TemporaryDirectory() as folder:
         for index, op in enumerate(names, 1):
             print(f"[{index}/{len(names)}] {op} ...", end="", flush=True)
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("what", nargs="?", choices=("all", "room", "list"), default="all")
     p.add_argument("op", nargs="?", help="the room of `room`")
     p.add_argument("--only", action="append", metavar="OP", help="only this bench (repeatable)")
-    p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider that compiles first")
+    p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider with a slow first call")
     p.add_argument("--backend", action="append", metavar="NAME", help="only this provider (repeatable)")
     p.add_argument("--no-record", action="store_true", help="do not append to the results")
     p.add_argument("--results", type=Path, default=store.RESULTS, help="folder of the records (default: benchmarks/results)")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cobra.config import TowerConfig, VisionConfig
 from cobra_kernels.errors import ArgumentError, ShapeError
+from cobra_kernels.linear import route_linears
 
 
 def _config_and_class(spec: TowerConfig):
@@ -73,7 +74,7 @@ def build_tower(spec: TowerConfig) -> nn.Module:
         embeddings = model.embeddings
         if embeddings.position_ids.is_meta:
             embeddings.position_ids = torch.arange(embeddings.num_positions, device="cpu")[None]
-    return model
+    return route_linears(model)
 
 
 class VisionBackbone(nn.Module):

@@ -31,6 +31,21 @@ def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
+class RoutedLinear(nn.Linear):
+    """nn.Linear whose product goes through `linear`. The parameters and their names are the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def route_linears(module: nn.Module) -> nn.Module:
+    """Turns every plain nn.Linear inside into a RoutedLinear, in place: for modules that other libraries wrote."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = RoutedLinear
+    return module
+
+
 def _serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if _onednn is None or torch.compiler.is_compiling():
         return False

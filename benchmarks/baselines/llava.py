@@ -1,9 +1,10 @@
 """A LLaVA-shaped Transformer of a wanted size, at its best settings: the other side of the demo.
 
 Architecture of LLaVA-1.5 (CLIP ViT at 336 px and patch 14: 576 tokens; two-layer GELU projector; Llama decoder), from
-`transformers`, scaled down, random weights. Best settings: SDPA; the vision tower has no block whose output is thrown
-away; prefill takes the causal kernel without a mask; decode runs on a static cache exactly as long as needed (a longer one
-would be read in full at every step), eager or compiled, whichever is faster in the run."""
+`transformers`, scaled down, random weights. Best settings: SDPA; linear layers on the faster of torch's two matrix libraries,
+as Cobra's are; no vision block whose output is thrown away; prefill takes the causal kernel without a mask; decode runs
+on a static cache exactly as long as needed (a longer one would be read in full at every step), eager or compiled,
+whichever is faster in the run."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     StaticCache,
 )
+
+from cobra_kernels.linear import route_linears
 
 IMAGE_SIZE, PATCH = 336, 14
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -68,13 +71,14 @@ class Llava:
     short = "Transformer"
     image_size = IMAGE_SIZE
     settings = (
-        "SDPA, prefill with the causal kernel, static cache exactly as long as needed, decode eager or compiled, "
-        "whichever is faster here; no vision block whose output is thrown away"
+        "SDPA; linear layers on the faster of torch's two matrix libraries, as Cobra's are; prefill with the causal kernel; "
+        "static cache exactly as long as needed; decode eager or compiled, whichever is faster here; no vision block whose "
+        "output is thrown away"
     )
 
     def __init__(self, config: LlavaConfig, seed: int = 0) -> None:
         torch.manual_seed(seed)
-        self.model = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+        self.model = route_linears(LlavaForConditionalGeneration(config).eval().requires_grad_(False))
         self.text = config.text_config
         self.heads = self.text.num_attention_heads
         self.head_dim = self.text.hidden_size // self.heads

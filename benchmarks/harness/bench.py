@@ -48,7 +48,6 @@ class Case:
     cache: str = "cold"
     goal: float | None = None  # seconds; in place of a roof, for what is not bound by bytes or arithmetic
     quick: bool = False
-    check: bool = True
 
     @property
     def title(self) -> str:
@@ -96,7 +95,7 @@ def disagreement(result: Any, expected: Any) -> float:
 
 
 def parser(op: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog=f"python -m benchmarks.ops.bench_{op}", description=f"Benchmark of {op}.")
+    p = argparse.ArgumentParser(prog=f"bench_{op}", description=f"Benchmark of {op}.")
     p.add_argument("--backend", action="append", metavar="NAME", help="only this provider (repeatable)")
     p.add_argument("--shape", action="append", metavar="NAME", help="only this shape (repeatable)")
     p.add_argument("--dtype", action="append", choices=sorted(DTYPES), help="only this dtype (repeatable)")
@@ -105,7 +104,7 @@ def parser(op: str) -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
     p.add_argument("--seconds", type=float, default=0.4, help="time per provider and case (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="order of the interleaving (default: %(default)s)")
-    p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider that compiles first")
+    p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider with a slow first call")
     p.add_argument("--record", action="store_true", help="append to benchmarks/results/<device>/")
     p.add_argument("--json", type=Path, metavar="FILE", help="append the records to FILE too")
     p.add_argument("--list", action="store_true", help="list the cases and leave")
@@ -129,7 +128,7 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
         if args.backend and provider.name not in args.backend:
             continue
         if args.quick and provider.slow_start:
-            line = f"{provider.name}: compiles first, left out by --quick"
+            line = f"{provider.name}: its first call takes seconds, left out by --quick"
             bench.left_out += [line] * (line not in bench.left_out)
             continue
         providers.append(provider)
@@ -144,7 +143,7 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
         results: list[Any] = []
         first_calls[provider.name] = CpuTimer()(lambda p=provider, i=inputs, r=results: r.append(p.call(*i)))
         result = results.pop()
-        if not case.check:
+        if not provider.comparable:
             continue
         if expected is None:
             expected = result

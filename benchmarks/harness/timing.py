@@ -66,12 +66,14 @@ def timer_for(device: str) -> Timer:
 class Provider:
     """One way to do the work. `call(*inputs)` runs it once; inputs are the case's, or `make_inputs(index)` of its own.
 
-    `slow_start`: the first call takes seconds (a compiler runs), so `--quick` leaves it out and says so."""
+    `slow_start`: the first call takes seconds (a compiler runs, a slow peer), so `--quick` leaves it out and says so.
+    `comparable`: its result is the op's result, and is checked; False for a part of the work or another model."""
 
     name: str
     call: Callable[..., Any]
     make_inputs: Callable[[int], tuple] | None = None
     slow_start: bool = False
+    comparable: bool = True
 
 
 @dataclass

@@ -85,3 +85,20 @@ def test_small_products_stay_with_torch(monkeypatch):
     for rows in (1, 4, 5, 512):
         linear(torch.randn(rows, 1536), weight)
     assert seen == [5, 512]
+
+
+@torch.no_grad()
+def test_route_linears_keeps_names_and_results(calls):
+    class Own(nn.Linear):
+        pass
+
+    part = nn.Sequential(nn.Linear(32, 16), nn.GELU(), nn.Sequential(nn.Linear(16, 32, bias=False), Own(32, 8)))
+    x, names = torch.randn(4, 32), list(part.state_dict())
+    expected = part(x)
+    assert not calls
+    assert module.route_linears(part) is part
+    assert torch.allclose(part(x), expected, atol=1e-6)
+    assert len(calls) == 2  # the subclass was left alone
+    assert list(part.state_dict()) == names and isinstance(part[0], nn.Linear)
+    part[0].register_forward_hook(lambda m, args, out: out * 0)
+    assert torch.equal(part(x), part(x * 2))  # hooks still run
