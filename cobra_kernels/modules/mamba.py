@@ -476,7 +476,9 @@ def _last_inputs(conv_state: Tensor, x: Tensor, cu_seqlens: Tensor | None) -> Te
     """
     width = conv_state.shape[-1]
     if cu_seqlens is None:
-        return torch.cat([conv_state, x[:, :, -width:]], dim=-1)[:, :, -width:]
+        if x.shape[-1] >= width:
+            return x[:, :, -width:]
+        return torch.cat([conv_state, x], dim=-1)[:, :, -width:]
     starts, ends = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
     # Column j of the answer is column length + j of the cat: from the old state while that is below width.
     column = (ends - starts)[:, None] + torch.arange(width, device=x.device)  # (num_seqs, width)
