@@ -32,6 +32,11 @@ LAYOUTS = ("contiguous", "padded", "transposed", "sliced", "unaligned", "expande
 guard = 64
 
 
+def devices(room: ModuleType) -> tuple[str, ...]:
+    """Where a room's kernels exist: its DEVICES, else both."""
+    return getattr(room, "DEVICES", ("cuda", "cpu"))
+
+
 def load_module(path: Path) -> ModuleType:
     """Imports cobra_kernels_host from a file, whatever other build of it is loaded."""
     spec = importlib.util.spec_from_file_location("cobra_kernels_host", path)

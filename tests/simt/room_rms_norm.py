@@ -1,6 +1,7 @@
 """rms_norm on numpy arrays: cases, and one function that checks a case on a device of cobra_kernels_host.
 
-Every room_<op>.py of this folder has CASES (with `id`), `check(host, case, device)` and SANITIZED (what sanitizers run).
+Every room_<op>.py of this folder has CASES (with `id`), `check(host, case, device)`, SANITIZED (what sanitizers run), and DEVICES
+if its kernels do not exist on both "cuda" and "cpu".
 """
 
 from __future__ import annotations

@@ -82,7 +82,8 @@ def run_cases(target: str, module: Path, names: list[str], only: str | None, sim
         cases = room.SANITIZED if only is None else [case for case in room.CASES if case.id == only]
         assert cases, f"no case {only} in room {name}"
         runs, start = 0, time.perf_counter()
-        for options in SIMT[target] if simt is None else [simt]:
+        emulated = "cuda" in harness.devices(room)
+        for options in (SIMT[target] if simt is None else [simt]) if emulated else []:
             for case in cases:
                 host.set_simt(**options, **({"max_grid_x": case.max_grid_x} if getattr(case, "max_grid_x", 0) else {}))
                 room.check(host, case, "cuda")
@@ -94,14 +95,14 @@ def run_cases(target: str, module: Path, names: list[str], only: str | None, sim
                 for case in cases:
                     room.check(host, case, "cpu")
                     runs += 1
-        print(f"[{target}] {name}: {len(cases)} cases, {runs} runs, cuda source emulated and cpu at {', '.join(levels)}, "
+        print(f"[{target}] {name}: {len(cases)} cases, {runs} runs, {'cuda source emulated and ' if emulated else ''}cpu at {', '.join(levels)}, "
               f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
 
 def main() -> int:
     """Builds, then runs each sanitizer in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("target", nargs="+", choices=sorted(LIBRARIES))
+    parser.add_argument("target", nargs="*", metavar="asan|tsan", help="default: both")
     parser.add_argument("--room", action="append", choices=rooms(), help="only this room (may be repeated)")
     parser.add_argument("--module", type=Path, help=argparse.SUPPRESS)  # set in the child: the module to load
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -110,17 +111,21 @@ def main() -> int:
     parser.add_argument("--large-strides", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     names = options.room or rooms()
+    if not set(options.target) <= set(LIBRARIES):
+        parser.error(f"target is {options.target}, expected asan or tsan")
     if options.module:
         if options.large_strides:
             for name in names:
-                importlib.import_module(f"tests.simt.room_{name}").check_large_strides(harness.load_module(options.module), "cuda")
+                room = importlib.import_module(f"tests.simt.room_{name}")
+                if "cuda" in harness.devices(room):
+                    room.check_large_strides(harness.load_module(options.module), "cuda")
         else:
             if not options.case:
                 run_probe(options.target[0], options.module)
             simt = {"order": options.order, "seed": 5, "resident": options.resident} if options.order else None
             run_cases(options.target[0], options.module, names, options.case, simt)
         return 0
-    for target in options.target:
+    for target in options.target or ["asan", "tsan"]:
         module = harness.build_module(target)
         command, environment = child_command(target, ["--module", str(module), *(f"--room={name}" for name in names)])
         code = subprocess.run(command, env=environment, check=False).returncode

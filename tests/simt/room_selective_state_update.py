@@ -1,0 +1,124 @@
+"""selective_state_update on numpy arrays: cases, and one function that checks a case (see room_rms_norm.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.simt import harness
+from tests.simt.harness import Tensor, check_close
+
+DEVICES = ("cpu",)
+
+
+class Case(NamedTuple):
+    """The base case; each row of CASES varies one thing."""
+
+    batch: int = 3
+    heads: int | None = None
+    dim: int = 70
+    dstate: int = 16
+    groups: int = 1
+    dtype: str = "fp32"
+    state_dtype: str = ""  # empty: as x
+    weight_dtype: str = ""
+    options: bool = True  # D, z, dt_bias, softplus
+    indices: str | None = None
+    layout: str = "contiguous"
+    tied: bool = False  # A expanded along dstate
+
+    @property
+    def id(self) -> str:
+        base = Case()
+        return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)) or "base"
+
+
+CASES = [
+    Case(),
+    *(Case(dim=dim) for dim in (0, 1, 2, 15, 16, 17, 63, 64, 65, 128, 129)),
+    *(Case(dstate=dstate) for dstate in (1, 2, 3, 7, 8, 15, 17, 32, 48, 64, 255, 256, 257)),
+    *(Case(batch=batch) for batch in (0, 1)),
+    *(Case(dtype=d) for d in ("bf16", "fp16", "fp64")),
+    *(Case(state_dtype=s, weight_dtype=w) for s in ("bf16", "fp16") for w in ("fp32", "bf16")),
+    Case(options=False),
+    *(Case(heads=4, dim=9, groups=g, tied=t) for g in (1, 2, 4) for t in (False, True)),
+    Case(tied=True, dstate=257),
+    *(Case(indices=i) for i in ("i4", "i8")),
+    *(Case(layout=x, dtype=d) for x in harness.LAYOUTS[1:5] for d in ("fp32", "bf16")),
+]
+SANITIZED = CASES
+
+
+def expected_update(state, x, dt, A, B, C, D, z, dt_bias, rows):
+    """(out, new state) in fp64; every tensor has a heads axis."""
+    out, state = np.zeros_like(x), state.copy()
+    group = np.arange(x.shape[1]) // (x.shape[1] // B.shape[1])
+    for b, row in enumerate(rows):
+        if row < 0:
+            continue
+        step = dt[b] if dt_bias is None else np.logaddexp(0, dt[b] + dt_bias)
+        state[row] = np.exp(step[..., None] * A) * state[row] + (step * x[b])[..., None] * B[b][group][:, None]
+        y = (state[row] * C[b][group][:, None]).sum(-1)
+        out[b] = y if D is None else (y + D * x[b]) * z[b] / (1 + np.exp(-z[b]))
+    return out, state
+
+
+def check(host, case: Case, device: str) -> None:
+    """One update against fp64, inputs unchanged, guards whole, out written, padding left alone."""
+    rng = np.random.default_rng(0)
+    channels = (case.dim,) if case.heads is None else (case.heads, case.dim)
+    weight_dtype = case.weight_dtype or ("fp64" if case.dtype == "fp64" else "fp32")
+    pool = case.batch if case.indices is None else case.batch + 2
+    projected = (case.batch, case.dstate) if case.heads is None else (case.batch, case.groups, case.dstate)
+
+    def make(shape, dtype=case.dtype, scale=1.0, offset=0.0):
+        return Tensor(shape, dtype, case.layout, rng.standard_normal(shape) * scale + offset)
+
+    state = make((pool, *channels, case.dstate), case.state_dtype or case.dtype)
+    inputs = {name: make((case.batch, *channels)) for name in ("x", "dt")}
+    inputs["A"] = make((*channels, case.dstate), weight_dtype, 0.2, -1.0)
+    inputs |= {name: make(projected) for name in ("B", "C")}
+    for name in ("D", "z", "dt_bias"):
+        shape, dtype = ((case.batch, *channels), case.dtype) if name == "z" else (channels, weight_dtype)
+        inputs[name] = make(shape, dtype) if case.options else None
+    out = Tensor((case.batch, *channels), case.dtype, case.layout)
+    rows = np.arange(case.batch)
+    if case.indices:
+        rows = rng.permutation(pool)[: case.batch].astype(case.indices)
+        rows[-1:] = -1
+
+    arrays = {name: None if t is None else t.array for name, t in inputs.items()}
+    values = {name: None if t is None else t.values() for name, t in inputs.items()}
+    if case.tied:
+        arrays["A"] = np.broadcast_to(arrays["A"][..., :1], arrays["A"].shape)
+        values["A"] = np.broadcast_to(values["A"][..., :1], values["A"].shape)
+    if case.heads is None:  # one head for the oracle
+        values = {n: v if v is None else v[None] if n in ("A", "D", "dt_bias") else v[:, None] for n, v in values.items()}
+    wide = state.values() if case.heads else state.values()[:, None]
+    expected_out, expected_state = expected_update(wide, **values, rows=rows)
+    host.selective_state_update(state.array, *arrays.values(), case.options, rows if case.indices else None, out.array)
+    check_close(out, expected_out.reshape(out.array.shape), harness.OUTPUT[out.dtype], "out")
+    check_close(state, expected_state.reshape(state.array.shape), harness.OUTPUT[state.dtype], "state")
+    for name, tensor in inputs.items():
+        if tensor:
+            tensor.check_unchanged(name)
+
+
+def check_large_strides(host, device: str) -> None:
+    """Rows of the pool, of x and of out further apart than 32 bits count elements."""
+    dim, dstate, step = 3, 16, 2**31 + 64
+    rng = np.random.default_rng(0)
+    pool = harness.sparse_rows(2, dim * dstate, step)
+    x, out = (harness.sparse_rows(2, dim, step) for _ in range(2))
+    pool[...], x[...] = rng.standard_normal(pool.shape), rng.standard_normal(x.shape)
+    state = np.lib.stride_tricks.as_strided(pool, (2, dim, dstate), (pool.strides[0], 2 * dstate, 2))
+    A, B = -rng.random((dim, dstate)).astype(np.float32), rng.standard_normal((2, dstate)).astype(np.float32)
+    wide = [t.astype(np.float64) for t in (state, x, A, B)]
+    expected_out, expected_state = expected_update(
+        wide[0][:, None], wide[1][:, None], wide[1][:, None], wide[2][None], wide[3][:, None], wide[3][:, None], None, None, None, range(2)
+    )  # fmt: skip
+    host.selective_state_update(state, x, x, A, B, B, None, None, None, False, None, out)
+    for name, got, expected in (("out", out, expected_out[:, 0]), ("state", state, expected_state[:, 0])):
+        error = np.linalg.norm(got.astype(np.float64) - expected) / np.linalg.norm(expected)
+        assert error <= harness.OUTPUT["fp16"] * 1.5, f"{name}: relative error {error:.2e} with rows 2^31 + 64 elements apart"
