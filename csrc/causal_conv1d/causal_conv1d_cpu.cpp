@@ -117,7 +117,7 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
           if (p.initial_states && t - past < piece.start) {
             for (int64_t w = 0; w < p.width; ++w)
               load_step(p, staged.data() + w * room, piece, b, d, t - past + w, channels);
-            one_staged(staged_rows.data(), weight.data(), room, bias.data(), p.width, p.silu, channels, &staged_y);
+            one_staged(staged_rows.data(), weight.data(), room, bias.data(), p.width, p.silu, channels, &staged_y, 0, 0);
             store_row(p.y, p.x_dtype, y_offset(p, b, d, t), 1, staged_y, channels);
             ++t;
             continue;
@@ -134,7 +134,8 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
           if (sequence < 0) {
             std::copy_n(zeros.data(), channels, y[0]);
           } else {
-            (steps == 1 ? one : many)(rows.data(), weight.data(), room, bias.data(), p.width, p.silu, channels, y);
+            (steps == 1 ? one : many)(rows.data(), weight.data(), room, bias.data(), p.width, p.silu, channels, y,
+                                        steps * p.x_stride.seqlen, steps * p.y_stride.seqlen);
           }
           t += steps;
         }
@@ -147,18 +148,34 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
 // overlaps the one before it.
 template <class X, class T, int kWidth>
 void conv_time(const X* x, int64_t n, const T* weight, T bias, int64_t width, bool silu, X* y) {
-  const int64_t taps = kWidth > 0 ? kWidth : width;
-  for (int64_t next = 0; next < n; next += Vec<T>::kWidth) {
-    const int64_t t = std::min(next, n - Vec<T>::kWidth);
-    const X* const oldest = x + t - (taps - 1);
+  constexpr int64_t kLanes = Vec<T>::kWidth;
+  const auto sum_at = [&](int64_t t) {
+    const X* const oldest = x + t - (kWidth > 0 ? kWidth - 1 : width - 1);
     Vec<T> sum = bias;
     if constexpr (kWidth > 0) {
 #pragma GCC unroll 16
       for (int w = 0; w < kWidth; ++w) sum = fma(Vec<T>(weight[w]), load(oldest + w), sum);
     } else {
-      for (int64_t w = 0; w < taps; ++w) sum = fma(Vec<T>(weight[w]), load(oldest + w), sum);
+      for (int64_t w = 0; w < width; ++w) sum = fma(Vec<T>(weight[w]), load(oldest + w), sum);
     }
-    store(y + t, silu ? cobra::COBRA_LEVEL::silu(sum) : sum);
+    return sum;
+  };
+  if constexpr (std::is_same_v<X, T>) {
+    for (int64_t next = 0; next < n; next += kLanes) {
+      const int64_t t = std::min(next, n - kLanes);
+      const Vec<T> sum = sum_at(t);
+      store(y + t, silu ? cobra::COBRA_LEVEL::silu(sum) : sum);
+    }
+  } else {
+    alignas(64) T tile[kConvTile];
+    for (int64_t next = 0; next < n; next += kConvTile) {
+      const int64_t begin = std::min(next, n - kLanes), count = std::min(kConvTile, n - begin);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const int64_t t = std::min(i, count - kLanes);
+        store(tile + t, sum_at(begin + t));
+      }
+      store_tile(y + begin, tile, count, silu);
+    }
   }
 }
 

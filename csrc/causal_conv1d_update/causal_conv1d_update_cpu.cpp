@@ -19,21 +19,20 @@ using Params = CausalConv1dUpdateParams;
 
 constexpr int64_t kChannelBlock = 256;
 
-// state[., j] = state[., j + by] for j < count, as bits: what is kept is kept exactly.
+// One column of `channels` elements as bits: what is kept is kept exactly, NaN payloads included.
 template <class Bits>
-void shift_columns(const Params& p, int64_t offset, int64_t channels, int64_t count, int64_t by) {
-  Bits* const state = static_cast<Bits*>(p.state) + offset;
-  const int64_t step = p.state_stride.step;
-  for (int64_t c = 0; c < channels; ++c) {
-    Bits* const row = state + c * p.state_stride.dim;
-    for (int64_t j = 0; j < count; ++j) row[j * step] = row[(j + by) * step];
-  }
+void copy_bits(void* dst, int64_t dst_offset, int64_t dst_stride, const void* src, int64_t src_offset, int64_t src_stride, int64_t channels) {
+  Bits* const to = static_cast<Bits*>(dst) + dst_offset;
+  const Bits* const from = static_cast<const Bits*>(src) + src_offset;
+  for (int64_t c = 0; c < channels; ++c) to[c * dst_stride] = from[c * src_stride];
 }
-void shift_columns(const Params& p, int64_t offset, int64_t channels, int64_t count, int64_t by) {
-  switch (size_of(p.state_dtype)) {
-    case 2: return shift_columns<uint16_t>(p, offset, channels, count, by);
-    case 4: return shift_columns<uint32_t>(p, offset, channels, count, by);
-    default: return shift_columns<uint64_t>(p, offset, channels, count, by);
+using CopyBits = decltype(&copy_bits<uint16_t>);
+
+CopyBits copy_bits_for(DType dtype) {
+  switch (size_of(dtype)) {
+    case 2: return copy_bits<uint16_t>;
+    case 4: return copy_bits<uint32_t>;
+    default: return copy_bits<uint64_t>;
   }
 }
 
@@ -43,6 +42,7 @@ template <class T>
 void update(const Params& p, const Parallel& parallel) {
   const int64_t blocks = (p.dim + kChannelBlock - 1) / kChannelBlock;
   const ConvRows<T, T> conv = conv_rows_for<T, T, 1>(p.width);
+  const CopyBits copy = copy_bits_for(p.state_dtype);
   const int64_t past = p.width - 1;
   const int64_t work = std::min(p.dim, kChannelBlock) * (p.state_len + p.steps);  // elements of one unit
 
@@ -84,13 +84,22 @@ void update(const Params& p, const Parallel& parallel) {
       for (int64_t r = 0; r < past; ++r)
         load_row(rows[r], p.state, p.state_dtype, state_offset + column(r - past) * p.state_stride.step, p.state_stride.dim, channels);
       const int64_t kept = p.cache_seqlens ? 0 : std::max<int64_t>(0, p.state_len - p.steps);
-      if (kept > 0) shift_columns(p, state_offset, channels, kept, p.steps);
+      for (int64_t j = 0; j < kept; ++j) {
+        const int64_t to = state_offset + j * p.state_stride.step;
+        copy(p.state, to, p.state_stride.dim, p.state, to + p.steps * p.state_stride.step, p.state_stride.dim, channels);
+      }
       for (int64_t s = 0; s < p.steps; ++s) {
         load_row(rows[past], p.x, p.x_dtype, x_offset(s), p.x_stride.dim, channels);
         const int64_t target = p.cache_seqlens ? column(s) : p.state_len - p.steps + s;
-        if (target >= 0)
-          store_row(p.state, p.state_dtype, state_offset + target * p.state_stride.step, p.state_stride.dim, rows[past], channels);
-        conv(rows.data(), weight.data(), kChannelBlock, bias.data(), p.width, p.silu, channels, &y_row);
+        if (target >= 0) {
+          const int64_t to = state_offset + target * p.state_stride.step;
+          if (p.state_dtype == p.x_dtype) {
+            copy(p.state, to, p.state_stride.dim, p.x, x_offset(s), p.x_stride.dim, channels);
+          } else {
+            store_row(p.state, p.state_dtype, to, p.state_stride.dim, rows[past], channels);
+          }
+        }
+        conv(rows.data(), weight.data(), kChannelBlock, bias.data(), p.width, p.silu, channels, &y_row, 0, 0);
         store_y(s, y_row);
         std::rotate(rows.begin(), rows.begin() + 1, rows.end());
       }
