@@ -93,7 +93,9 @@ def _plan(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, backend) ->
         check_floats(OP, "x", x, dt=dt, D=D, z=z, dt_bias=dt_bias)
     else:
         check_floats(OP, "x", x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    _check_shapes(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices is not None)
+    pooled = state_batch_indices is not None
+    if not _shapes_agree(state, x, dt, A, B, C, D, z, dt_bias, pooled):
+        _check_shapes(state, x, dt, A, B, C, D, z, dt_bias, pooled)
     if state_batch_indices is not None:
         check_index(OP, "state_batch_indices", state_batch_indices, "x", x)
         if state_batch_indices.shape != (x.shape[0],):
@@ -111,6 +113,29 @@ def _check_complex(x, **tensors) -> None:
             raise DtypeError(f"{OP}: {name} has dtype {got}, expected {name_of(expected)}; A is complex and x {name_of(x.dtype)}")
         if tensor.device != x.device:
             raise DtypeError(f"{OP}: {name} is on {tensor.device}, expected {x.device}; the device comes from x")
+
+
+def _shapes_agree(state, x, dt, A, B, C, D, z, dt_bias, pooled: bool) -> bool:
+    """Whether all is plainly well. If not, `_check_shapes` finds out what is wrong, if anything: this runs once per token and
+    layer, the messages do not."""
+    states, rows, projected = state.shape, x.shape, B.shape
+    channels, dims = rows[1:], len(states)
+    return (
+        (dims == 3 and len(projected) in (2, 3) or dims == 4 and len(projected) == 3)
+        and states[1:-1] == channels
+        and states[-1] >= 1
+        and (pooled or states[0] == rows[0])
+        and 0 not in state.stride()
+        and dt.shape == rows
+        and (z is None or z.shape == rows)
+        and A.shape == states[1:]
+        and (D is None or D.shape == channels)
+        and (dt_bias is None or dt_bias.shape == channels)
+        and C.shape == projected
+        and projected[0] == rows[0]
+        and projected[-1] == states[-1]
+        and (len(projected) == 2 or projected[1] >= 1 and channels[0] % projected[1] == 0)
+    )
 
 
 def _check_shapes(state, x, dt, A, B, C, D, z, dt_bias, pooled: bool) -> None:
