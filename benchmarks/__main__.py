@@ -28,9 +28,9 @@ def benches() -> dict[str, str]:
     return {f.stem.removeprefix("bench_"): f"benchmarks.{f.parent.name}.{f.stem}" for f in files}
 
 
-def run_one(op: str, arguments: list[str], quiet: bool) -> tuple[int, str]:
+def run_one(module: str, arguments: list[str], quiet: bool) -> tuple[int, str]:
     """(exit status, output) of one bench in a process of its own; its output streams through unless quiet."""
-    command = [sys.executable, "-m", benches()[op], *arguments]
+    command = [sys.executable, "-m", module, *arguments]
     try:
         done = subprocess.run(
             command, cwd=ROOT, check=False, timeout=LIMIT_SECONDS, text=True,
@@ -46,7 +46,8 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
     rows: list[list[str]] = []
     notes: list[str] = []
     began = time.monotonic()
-    names = args.only or list(benches())
+    modules = benches()
+    names = args.only or list(modules)
     with tempfile.TemporaryDirectory() as folder:
         for index, op in enumerate(names, 1):
             print(f"[{index}/{len(names)}] {op} ...", end="", flush=True)
@@ -54,7 +55,7 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
             path = store.path_for(op, args.device, args.results)
             last = store.latest(store.load(path))
             fresh = Path(folder) / f"{op}.jsonl"
-            status, output = run_one(op, ["--json", str(fresh), *passed_on], quiet=True)
+            status, output = run_one(modules[op], ["--json", str(fresh), *passed_on], quiet=True)
             print(f" {time.monotonic() - start:.0f} s" + (f", exit {status}" if status else ""), flush=True)
             if status:
                 failures.append((op, status, output))
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.what == "room":
         if args.op not in benches():
             p.error(f"room: {args.op!r} has no bench; there are {', '.join(benches())}")
-        return run_one(args.op, ["--quick", "--seconds", "0.15", *passed_on], quiet=False)[0]
+        return run_one(benches()[args.op], ["--quick", "--seconds", "0.15", *passed_on], quiet=False)[0]
     unknown = sorted(set(args.only or []) - set(benches()))
     if unknown:
         p.error(f"--only: {', '.join(unknown)} has no bench; there are {', '.join(benches())}")
