@@ -106,7 +106,7 @@ class MambaState:
         *,
         ssm_dtype: torch.dtype | None = None,
     ) -> MambaState:
-        """Convert: `dtype` is for the convolution's part, `ssm_dtype` for the other (bf16 halves a kept image)."""
+        """Convert: `dtype` is for the convolution's part, `ssm_dtype` for the other (bf16 halves a kept image); as Tensor.to."""
         return MambaState(
             [t.to(device=device, dtype=dtype) for t in self.conv],
             [t.to(device=device, dtype=ssm_dtype) for t in self.ssm],
