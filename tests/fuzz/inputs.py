@@ -403,7 +403,7 @@ def prompt_case(rng: random.Random) -> tuple[str, Callable[[], Any]]:
         "<|",
         "|>",
     )
-    messages = ["".join(rng.choice(words) for _ in range(rng.randrange(8))) for _ in range(rng.randrange(1, 6))]
+    messages = ["".join(rng.choice(words) for _ in range(rng.randrange(4))) for _ in range(rng.randrange(1, 6))]
     kind = rng.choice(("zephyr", "base"))
 
     def run() -> str:
