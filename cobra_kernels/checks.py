@@ -28,6 +28,19 @@ def check_first(op: str, name: str, tensor: torch.Tensor) -> None:
         raise DtypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in FLOATS:
         raise DtypeError(f"{op}: {name} has dtype {name_of(tensor.dtype)}, expected float32, bfloat16, float16 or float64")
+    if tensor.layout is not torch.strided:
+        raise _layout_error(op, name, tensor)
+
+
+def _layout_error(op: str, name: str, tensor: torch.Tensor) -> DtypeError:
+    return DtypeError(f"{op}: {name} has layout {name_of(tensor.layout)}, expected a dense (strided) tensor")
+
+
+def check_given(op: str, **tensors: torch.Tensor | None) -> None:
+    """Tensors that have no default must not be None."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise DtypeError(f"{op}: {name} is None, expected a torch.Tensor")
 
 
 def check_floats(op: str, first_name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
@@ -46,6 +59,8 @@ def check_floats(op: str, first_name: str, first: torch.Tensor, **others: torch.
                     f"{op}: {name} has dtype {name_of(tensor.dtype)}, {first_name} has {name_of(dtype)}; "
                     f"float64 does not mix with other dtypes: convert one of them"
                 )
+        if tensor.layout is not torch.strided:
+            raise _layout_error(op, name, tensor)
         if tensor.device != device:
             raise DtypeError(f"{op}: {name} is on {tensor.device}, expected {device}; the device comes from {first_name}")
 

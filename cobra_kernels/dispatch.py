@@ -18,11 +18,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from . import extension
 from .errors import ArgumentError, BackendUnavailable, CobraKernelsError
 
 NAMES = ("reference", "cpu", "triton", "cuda")
+TRANSFORMED = "torch.func transforms and forward-mode differentiation are served by reference only"
 DEFAULTS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 
@@ -47,6 +49,7 @@ class _Forced(threading.local):
 ENVIRONMENT_BACKEND = _environment_backend()
 STRICT = os.environ.get("COBRA_KERNELS_STRICT") == "1"
 _forced = _Forced()
+_last_forced: str | None = None  # by any thread: compiled code guards on a global, on a thread's own value it cannot
 _warned: set[tuple[str, str]] = set()
 _python_counts: dict[tuple[str, str], int] = {}
 
@@ -123,17 +126,23 @@ def cuda_absence() -> str | None:
 
 def select(op: str, table: dict[str, Backend], backend: str | None, first: torch.Tensor, *rest) -> str:
     """The backend that serves this call. `first` decides the device; all tensors given are passed to the rows' reasons."""
-    name = backend or _forced.name or ENVIRONMENT_BACKEND
+    name = backend
+    if name is None and (_last_forced is not None or _forced.name is not None):
+        name = _forced.name
+    if name is None:
+        name = ENVIRONMENT_BACKEND
+    # torch.func and forward-mode differentiation see through plain torch only; a kernel would drop a tangent in silence.
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if name is not None:
         if name not in NAMES:
             raise ArgumentError(f"{op}: backend is {name!r}, expected one of {', '.join(NAMES)} or None")
-        reason = table[name].reason(first, *rest)
+        reason = TRANSFORMED if transformed and name != "reference" else table[name].reason(first, *rest)
         if reason is not None:
             raise BackendUnavailable(f"{op}: backend {name!r} cannot serve: {reason}")
         return name
     reasons = []
     for name in DEFAULTS.get(first.device.type, ("reference",)):
-        reason = table[name].reason(first, *rest)
+        reason = TRANSFORMED if transformed and name != "reference" else table[name].reason(first, *rest)
         if reason is None:
             if reasons:
                 _step_down(op, name, reasons)
@@ -156,11 +165,13 @@ def use_backend(name: str | None) -> Iterator[None]:
     """Every op called inside, on this thread, runs on `name` (None: the default again)."""
     if name is not None and name not in NAMES:
         raise ArgumentError(f"use_backend: got {name!r}, expected one of {', '.join(NAMES)} or None")
+    global _last_forced
     previous, _forced.name = _forced.name, name
+    last, _last_forced = _last_forced, name
     try:
         yield
     finally:
-        _forced.name = previous
+        _forced.name, _last_forced = previous, last
 
 
 # --- what users ask --------------------------------------------------------------------------------------------------

@@ -267,6 +267,22 @@ def test_sum_is_x_itself_when_nothing_was_added():
     assert s is x
 
 
+@pytest.mark.parametrize("backend", kernel_backends())
+@pytest.mark.parametrize("dims", [6, 7, 9, 17])
+def test_any_number_of_dims(backend, dims):
+    """Reversed leading dims never merge; a kernel indexes 6 of them."""
+    x, residual, dy = (torch.randn([2] * dims + [1]).expand(*[2] * dims, 3).permute(*range(dims - 1, -1, -1), dims) for _ in range(3))
+    leaves = [t.detach().requires_grad_() for t in (x, torch.randn(3), residual)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    y, s = rms_norm(leaves[0], leaves[1], None, leaves[2], True, backend=backend)
+    expected = rms_norm(wide[0], wide[1], None, wide[2], True, backend="reference")
+    assert_close(y, expected[0], OUTPUT[F32], "y")
+    assert_close(s, expected[1], OUTPUT[F32], "s")
+    got = torch.autograd.grad((y, s), leaves, (dy, x))
+    for g, w in zip(got, torch.autograd.grad(expected, wide, (dy.double(), x.double()))):
+        assert_close(g, w, GRADIENT[F32])
+
+
 def test_stride_beyond_32_bits(tmp_path):
     """Two rows 2^31 + 7 elements apart, on a sparse file: an int offset would read elsewhere."""
     stride, dim = 2**31 + 7, 40
@@ -292,8 +308,12 @@ X, W = torch.zeros(2, 8), torch.ones(8)
         (lambda: rms_norm(X, W.double()), DtypeError, ["weight", "float64", "float32", "does not mix"]),
         (lambda: rms_norm(X, W.int()), DtypeError, ["weight", "int32"]),
         (lambda: rms_norm([1.0], W), DtypeError, ["x", "list", "torch.Tensor"]),
+        (lambda: rms_norm(X, None), DtypeError, ["weight is None", "torch.Tensor"]),
+        (lambda: rms_norm(X.to_sparse(), W), DtypeError, ["x", "sparse_coo", "strided"]),
+        (lambda: rms_norm(X, W, X[0].to_sparse()), DtypeError, ["bias", "sparse_coo", "strided"]),
         (lambda: rms_norm(X, W.to("meta")), DtypeError, ["weight", "meta", "cpu"]),
         (lambda: rms_norm(X, W, backend="fast"), ArgumentError, ["backend", "'fast'", "reference, cpu, triton, cuda"]),
+        (lambda: rms_norm(X, W, backend=""), ArgumentError, ["backend", "''", "reference, cpu, triton, cuda"]),
         (lambda: rms_norm(X, W, backend="cuda"), BackendUnavailable, ["'cuda'", "CUDA tensors", "cpu"]),
     ],
 )
@@ -353,6 +373,37 @@ def test_compile_fullgraph(backend):
         assert cobra_kernels.call_counts()["rms_norm", "cpu"] >= 1  # the compiled graph calls the kernel
     for got, want in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(f(*leaves).sum(), leaves)):
         assert_close(got, want, 1e-6)
+
+
+@pytest.mark.skipif(not kernel_backends(), reason="no compiled kernels")
+def test_compiled_code_follows_use_backend():
+    f = torch.compile(lambda x: rms_norm(x, W) * 2, fullgraph=True, backend="aot_eager")
+    f(X)
+    cobra_kernels.reset_call_counts()
+    with cobra_kernels.use_backend("reference"):
+        f(X)
+    assert ("rms_norm", "cpu") not in cobra_kernels.call_counts()
+    f(X)
+    assert cobra_kernels.call_counts()["rms_norm", "cpu"] == 1
+
+
+@pytest.mark.skipif(not kernel_backends(), reason="no compiled kernels")
+@pytest.mark.filterwarnings("ignore:cobra_kernels.*runs on 'reference':RuntimeWarning")
+def test_torch_func_and_forward_mode_run_on_the_reference():
+    x, v = torch.randn(2, 3, 8)
+
+    def f(a, backend=None):
+        return rms_norm(a, W, backend=backend)
+
+    def g(a):
+        return f(a, "reference")
+
+    _, tangent = torch.func.jvp(f, (x,), (v,))
+    assert_close(tangent, torch.func.jvp(g, (x,), (v,))[1], 1e-6)
+    assert_close(torch.func.grad(lambda a: f(a).square().sum())(x), torch.func.grad(lambda a: g(a).square().sum())(x), 1e-6)
+    assert_close(torch.func.vmap(f)(x[:, None]), f(x)[:, None], 1e-6)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(BackendUnavailable, match="'cpu'.*forward-mode"):
+        f(x, "cpu")
 
 
 def test_autocast_accepts_the_mix():

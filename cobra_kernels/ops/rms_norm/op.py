@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ...checks import check_first, check_floats, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
 
 OP = "rms_norm"
+MAX_DIMS = 7  # a kernel indexes up to 6 leading dims; more are flattened, in a copy if no view can do it
 
 
 def rms_norm(
@@ -41,6 +42,7 @@ def rms_norm(
     Returns:
         y, shape, dtype and layout of x; or (y, s) if prenorm, s in residual's dtype, else fp32 if residual_in_fp32, else
         x's dtype. If nothing was added and the dtypes agree, s is x itself. The sum is not rounded before the statistics.
+        Beyond 6 leading dims the kernels' y and s are contiguous.
 
     Nothing is mutated. Gradients (first order): x, weight, bias, residual, through y and s.
     Raises ShapeError, DtypeError, ArgumentError, BackendUnavailable.
@@ -54,6 +56,13 @@ def rms_norm(
         s_dtype = torch.float32 if prenorm and residual_in_fp32 and x.dtype != torch.float64 else None
         if s_dtype == x.dtype:
             s_dtype = None
+
+    if name != "reference" and x.dim() > MAX_DIMS:
+        flat = None if residual is None else residual.flatten(0, -2)
+        out = rms_norm(x.flatten(0, -2), weight, bias, flat, prenorm, residual_in_fp32, eps, is_rms_norm=is_rms_norm, backend=name)
+        if not prenorm:
+            return out.unflatten(0, x.shape[:-1])
+        return out[0].unflatten(0, x.shape[:-1]), x if s_dtype is None else out[1].unflatten(0, x.shape[:-1])
 
     if name == "reference":
         count(OP, name)
@@ -74,6 +83,7 @@ def plan(x, weight, bias=None, residual=None, prenorm=False, residual_in_fp32=Fa
 
 def _plan(x, weight, bias, residual, backend) -> str:
     check_first(OP, "x", x)
+    check_given(OP, weight=weight)
     check_floats(OP, "x", x, weight=weight, bias=bias, residual=residual)
     if x.dim() == 0:
         raise ShapeError(f"{OP}: x has no dims, expected (..., dim)")
