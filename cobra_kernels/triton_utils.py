@@ -57,4 +57,4 @@ def cross_compile(kernel: Callable, arguments: Sequence[tuple[str, object]], cap
         else:
             signature[name] = kind
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "enable_fp_fusion": True})

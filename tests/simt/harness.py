@@ -126,13 +126,21 @@ class Tensor:
         assert touched.size == 0, f"{what}: the kernel wrote outside the tensor, at buffer elements {touched[:5].tolist()} of {len(inside)}"
 
 
+class AddressSpaceRefused(RuntimeError):
+    """The operating system was told never to promise more memory than it has."""
+
+
 def sparse_rows(rows: int, dim: int, step: int) -> np.ndarray:
     """fp16 (rows, dim), rows `step` elements apart in reserved address space; only the pages touched take memory.
 
     2^31 elements lie before row 0, so an offset cut to 32 bits stays inside, reads zeros and gives a wrong result.
     """
     before = 2**31
-    memory = mmap.mmap(-1, 2 * (before + (rows - 1) * step + dim), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    size = 2 * (before + (rows - 1) * step + dim)
+    try:
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    except OSError as error:
+        raise AddressSpaceRefused(f"this machine reserves no {size >> 30} GB of address space: {error}") from error
     flat = np.frombuffer(memory, np.float16)
     return np.lib.stride_tricks.as_strided(flat[before:], (rows, dim), (2 * step, 2))
 

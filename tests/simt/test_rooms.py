@@ -46,7 +46,10 @@ def test_cpu_source(host, room, case):
     "room, device", [pytest.param(room, device, id=f"{name}-{device}") for name, room in ROOMS.items() for device in harness.devices(room)]
 )
 def test_offsets_have_64_bits(host, room, device):
-    room.check_large_strides(host, device)
+    try:
+        room.check_large_strides(host, device)
+    except harness.AddressSpaceRefused as refusal:
+        pytest.skip(str(refusal))
 
 
 def test_limits_are_those_of_the_test_suite():
