@@ -205,7 +205,7 @@ def findings(r: dict) -> list[str]:
     c, t = first["cobra"]["total"]["median"], first["llava"]["total"]["median"]
     lines = []
     lines.append(
-        f"First token of the first question: {seconds_text(c)} for {cobra}, {compared(c, t, 'slower', 'faster')} {llava} "
+        f"First token of the first question: {seconds_text(c)} for {cobra}, {compared(c, t, 'slower', 'faster')} the {llava} "
         f"({seconds_text(t)}); {r['models']['cobra']['image_tokens']} against {r['models']['llava']['image_tokens']} image tokens."
     )
     c2, t2 = second["cobra"]["total"]["median"], second["llava"]["total"]["median"]
@@ -218,7 +218,7 @@ def findings(r: dict) -> list[str]:
     a, b = rate(near["cobra"]["step"]), rate(near["llava"]["step"])
     lines.append(
         f"Decode at {context_text(near['context'])} tokens of context: {figures(a)} tokens/s, "
-        f"{compared(a, b, 'faster', 'slower')} {llava} ({figures(b)}). At {context_text(far['context'])}: "
+        f"{compared(a, b, 'faster', 'slower')} the {llava} ({figures(b)}). At {context_text(far['context'])}: "
         f"{figures(rate(far['cobra']['step']))} against {figures(rate(far['llava']['step']))}."
     )
     ratio = far["llava"]["bytes"] / far["cobra"]["bytes"]

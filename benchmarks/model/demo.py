@@ -51,7 +51,7 @@ class Progress:
 def spread(samples: Sequence[float]) -> dict:
     return {
         "median": quantile(samples, 0.5), "p20": quantile(samples, 0.2), "p80": quantile(samples, 0.8),
-        "samples": len(samples),
+        "samples": [float(f"{s:.6g}") for s in samples],
     }  # fmt: skip
 
 
