@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cobra_kernels
 from cobra_kernels import (
     causal_conv1d,
     causal_conv1d_update,
+    errors,
     ldp_projector,
     mlp_projector,
     rms_norm,
@@ -375,3 +377,22 @@ def test_16_inputs_are_not_written(backend, name):
     assert all(torch.equal(tensors[k], before[k]) for k in tensors)
     storages = {t.untyped_storage().data_ptr() for t in tensors.values() if t.numel()}
     assert storages.isdisjoint(o.untyped_storage().data_ptr() for o in outs if o.numel() and name != "rms_norm")
+
+
+# --- a missing tensor ------------------------------------------------------------------------------------------------
+
+REQUIRED = {
+    "rms_norm": (selfcheck.rms_norm_inputs, ("x", "weight")),
+    "causal_conv1d": (selfcheck.causal_conv1d_inputs, ("x", "weight")),
+    "causal_conv1d_update": (selfcheck.causal_conv1d_update_inputs, ("x", "conv_state", "weight")),
+    "selective_scan": (selfcheck.selective_scan_inputs, ("u", "delta", "A", "B", "C")),
+    "selective_state_update": (selfcheck.selective_state_update_inputs, ("state", "x", "dt", "A", "B", "C")),
+}
+
+
+@pytest.mark.parametrize("op, name", [(op, name) for op, (_, names) in REQUIRED.items() for name in names])
+@pytest.mark.parametrize("value", [None, [1.0]], ids=["None", "list"])
+def test_what_is_not_a_tensor_is_refused_by_name(op, name, value):
+    inputs = REQUIRED[op][0](generator())
+    with pytest.raises(errors.DtypeError, match=rf"^{op}: {name} is {'None' if value is None else 'list'}|{name} has dtype"):
+        getattr(cobra_kernels, op)(**{**inputs, name: value})

@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ...checks import check_first, check_floats, check_index, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
@@ -90,6 +90,7 @@ def _plan(
     x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation, cu_seqlens, backend
 ) -> str:  # fmt: skip
     check_first(OP, "x", x)
+    check_given(OP, weight=weight)
     check_floats(OP, "x", x, weight=weight, bias=bias, initial_states=initial_states, final_states_out=final_states_out)
     check_activation(OP, activation)
     if x.dim() != 3:

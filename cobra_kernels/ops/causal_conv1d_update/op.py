@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ...checks import check_first, check_floats, check_index, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define
@@ -83,6 +83,7 @@ def _run(name, x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indi
 
 def _plan(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices, backend) -> str:
     check_first(OP, "x", x)
+    check_given(OP, conv_state=conv_state, weight=weight)
     check_floats(OP, "x", x, conv_state=conv_state, weight=weight, bias=bias)
     check_activation(OP, activation)
     if x.dim() not in (2, 3):

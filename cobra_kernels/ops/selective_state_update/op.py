@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from ...checks import check_first, check_floats, check_index, name_of, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, check_index, name_of, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define
@@ -88,6 +88,7 @@ def _run(name, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_in
 
 def _plan(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, backend) -> str:
     check_first(OP, "x", x)
+    check_given(OP, state=state, dt=dt, A=A, B=B, C=C)
     if isinstance(A, torch.Tensor) and A.is_complex():
         _check_complex(x, state=state, A=A, B=B, C=C)
         check_floats(OP, "x", x, dt=dt, D=D, z=z, dt_bias=dt_bias)
