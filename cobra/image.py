@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .config import RESIZE_STRATEGIES, TowerConfig, VisionConfig
 from .errors import ImageError
@@ -87,12 +87,12 @@ def load_image(
             return _to_rgb(image, background, max_pixels)
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(f"load_image: source is no readable picture, expected {', '.join(FORMATS)}") from None
     except MemoryError:
         raise ImageError("load_image: source does not fit in memory") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, IndexError, ...
-        accepted = ", ".join(FORMATS)
-        detail = f"{type(error).__name__}: {error}"
-        raise ImageError(f"load_image: source is no readable picture, expected {accepted} ({detail:.200})") from error
+        raise ImageError(f"load_image: source is damaged: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _read_file(path: str | os.PathLike[str], max_bytes: int) -> bytes:

@@ -7,6 +7,7 @@ Every case must end in a result that satisfies its invariants, or in a `CobraErr
 
 from __future__ import annotations
 
+import copy
 import functools
 import io
 import json
@@ -254,7 +255,9 @@ def mutate_json(rng: random.Random, document: Any) -> bytes:
         elif kind == 3 and type(container[key]) is int:
             container[key] += rng.choice((-8, -1, 1, 8, 2**32, 2**64))
         else:
-            container[key] = rng.choice(VALUES)
+            container[key] = copy.deepcopy(
+                rng.choice(VALUES)
+            )  # shared, a later case would see what this one does to it
     text = json.dumps(document)
     kind = rng.random()
     if kind < 0.05 and text.startswith("{") and len(text) > 2:
