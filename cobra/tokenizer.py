@@ -131,18 +131,6 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD, ids of no token are skipped."""
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens)
 
-    def single(self, text: str) -> int:
-        """The id of a text that is one token; raises PromptError if it is none or several."""
-        ids = self.encode(text)
-        if len(ids) != 1:
-            raise PromptError(f"tokenizer: {text!r:.80} is {len(ids)} tokens, expected 1; the vocabulary decides")
-        return ids[0]
-
-    @property
-    def string2idx(self) -> dict[str, int]:
-        """Ids of True, False, Yes, No and A to Z."""
-        return {text: self.single(text) for text in ANSWERS}
-
 
 def _check_component(name: str, component: Any, allowed: tuple[str, ...], *, optional: bool, depth: int = 0) -> None:
     if component is None and optional:
