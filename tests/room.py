@@ -43,7 +43,7 @@ def main() -> int:
     stages = [("build", command) for command in ([python, "csrc/build.py", "ext"], *simt)]
     stages.append(("tests", [python, "-m", "pytest", "-n", "2", "-m", "not threads", *tests, *chosen]))
     if simt:
-        stages.append(("sanitize", [python, "tests/simt/run_sanitized.py", "--room", room, "--only", "asan"]))
+        stages.append(("sanitize", [python, "tests/simt/run_sanitized.py", "asan", "--room", room]))
     bench = [python, "-m", "benchmarks", "room", room, *(["--backend", args.backend] if args.backend else [])]
     stages.append(("bench", bench))
     return 0 if all(stage(name, command, {} if name == "bench" else quick) for name, command in stages) else 1

@@ -48,7 +48,7 @@ struct RmsNormBwdParams {
   int64_t row_blocks;    // rms_norm_bwd_row_blocks(rows): a function of the problem, so the sum has one order on every run
 };
 
-// Rows are summed in at most 128 blocks of at least 16 rows, then over the blocks in order.
+// Rows are summed in blocks, one for every 16 rows and 128 at most, then over the blocks in order.
 inline int64_t rms_norm_bwd_row_blocks(int64_t rows) {
   const int64_t blocks = (rows + 15) / 16;
   return blocks < 1 ? 1 : blocks > 128 ? 128 : blocks;

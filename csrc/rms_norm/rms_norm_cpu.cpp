@@ -1,5 +1,5 @@
-// rms_norm on a CPU. One row at a time, staged through L1 in compute precision, so any dtype and stride costs one
-// conversion; threads own rows in the forward and row blocks in the backward.
+// rms_norm on a CPU, one row at a time: the pass that reads it from memory stages s = x + residual in L1, in compute precision, and
+// adds up the statistics; the next pass writes the result. Threads own rows in the forward and row blocks in the backward.
 #include "common/cpu_level.h"
 #include "common/vec.h"
 #include "rms_norm/rms_norm.h"
@@ -15,9 +15,10 @@ COBRA_DECLARE_LEVELS(rms_norm_bwd, RmsNormBwdParams)
 namespace cobra::COBRA_LEVEL {
 namespace {
 
-// f(vector sum over the row) in four independent chains, lanes and tail added in a fixed order.
-template <class T, class F>
-COBRA_INLINE T reduce_row(int64_t dim, F&& f) {
+// The sum of f over the row's vectors in four independent chains, lanes and tail added in a fixed order. The tail, which must
+// not read beyond the row, is tail(i, n): n channels from i on, zeros behind them.
+template <class T, class F, class Tail>
+COBRA_INLINE T reduce_row(int64_t dim, F&& f, Tail&& tail) {
   constexpr int kWidth = Vec<T>::kWidth;
   Vec<T> sum[4] = {T(0), T(0), T(0), T(0)};
   int64_t i = 0;
@@ -25,8 +26,13 @@ COBRA_INLINE T reduce_row(int64_t dim, F&& f) {
     for (int k = 0; k < 4; ++k) sum[k] += f(i + k * kWidth);
   for (; i + kWidth <= dim; i += kWidth) sum[0] += f(i);
   T total = ((sum[0] + sum[1]) + (sum[2] + sum[3])).sum();
-  if (i < dim) total += f(i).sum();  // rows are padded with zeros to a whole vector (Row)
+  if (i < dim) total += tail(i, dim - i).sum();
   return total;
+}
+// The same over rows that are padded with zeros to a whole vector (Row).
+template <class T, class F>
+COBRA_INLINE T reduce_row(int64_t dim, F&& f) {
+  return reduce_row<T>(dim, f, [&](int64_t i, int64_t) { return f(i); });
 }
 
 // A row of `dim` channels in compute precision, zero-padded to whole vectors.
@@ -38,31 +44,70 @@ struct Row {
   std::vector<T> storage;
 };
 
-// The row's statistics: y_hat = (s - mean) * rstd. mean is 0 for RMSNorm.
 template <class T>
 struct RowStatistics { T mean, rstd; };
 
-template <class T>
-RowStatistics<T> row_statistics(Row<T>& row, int64_t dim, double eps, bool is_rms_norm) {
-  T* const s = row.data();
-  if (is_rms_norm) {
-    const T square = reduce_row<T>(dim, [&](int64_t i) { const Vec<T> v = load(s + i); return v * v; });
-    return {T(0), T(1) / std::sqrt(square / T(dim) + T(eps))};
-  }
-  const T mean = reduce_row<T>(dim, [&](int64_t i) { return load(s + i); }) / T(dim);
-  std::fill(s + dim, s + row.padded(), mean);  // so that the padding adds nothing to the variance
-  const T square = reduce_row<T>(dim, [&](int64_t i) { const Vec<T> v = load(s + i) - Vec<T>(mean); return v * v; });
-  std::fill(s + dim, s + row.padded(), T(0));
-  return {mean, T(1) / std::sqrt(square / T(dim) + T(eps))};
+// s = x + residual, not rounded, staged and padded with zeros; returns the sum of f(s) over the row. r may be null.
+template <class T, class S, class F>
+COBRA_INLINE T stage_sum(const S* x, const T* r, T* s, int64_t dim, F&& f) {
+  const auto keep = [&](int64_t i, Vec<T> v) { store(s + i, v); return f(v); };
+  if (!r) return reduce_row<T>(dim, [&](int64_t i) { return keep(i, load(x + i)); }, [&](int64_t i, int64_t n) { return keep(i, load_n(x + i, n)); });
+  return reduce_row<T>(dim, [&](int64_t i) { return keep(i, load(x + i) + load(r + i)); },
+                       [&](int64_t i, int64_t n) { return keep(i, load_n(x + i, n) + load_n(r + i, n)); });
 }
 
-// s = x + residual, not rounded.
+// A row in compute precision: where it lies, or converted into `staged` if that is another dtype or strided.
+template <class T>
+COBRA_INLINE const T* compute_row(const void* src, DType dtype, int64_t offset, int64_t stride, T* staged, int64_t dim) {
+  constexpr DType kCompute = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
+  if (dtype == kCompute && stride == 1) return static_cast<const T*>(src) + offset;
+  load_row(staged, src, dtype, offset, stride, dim);
+  return staged;
+}
+
+// Stages the row's sum in s and returns its statistics: y_hat = (s - mean) * rstd, mean 0 for RMSNorm. T is the compute type.
 template <class T, class Params>
-COBRA_INLINE void load_sum(const Params& p, int64_t row, T* s, T* scratch) {
-  load_row(s, p.x, p.x_dtype, row_offset(p.shape, p.x_stride, row), p.x_stride.dim, p.dim);
-  if (!p.residual) return;
-  load_row(scratch, p.residual, p.residual_dtype, row_offset(p.shape, p.residual_stride, row), p.residual_stride.dim, p.dim);
-  for (int64_t i = 0; i < p.dim; ++i) s[i] += scratch[i];
+RowStatistics<T> stage_row(const Params& p, int64_t row, Row<T>& staged, Row<T>& scratch) {
+  T* const s = staged.data();
+  const T* r = nullptr;
+  if (p.residual) r = compute_row(p.residual, p.residual_dtype, row_offset(p.shape, p.residual_stride, row), p.residual_stride.dim, scratch.data(), p.dim);
+  const int64_t offset = row_offset(p.shape, p.x_stride, row);
+  const auto reduce = [&](auto&& f) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (p.x_stride.dim == 1 && p.x_dtype == DType::kBFloat16) return stage_sum<T>(static_cast<const bf16*>(p.x) + offset, r, s, p.dim, f);
+      if (p.x_stride.dim == 1 && p.x_dtype == DType::kFloat16) return stage_sum<T>(static_cast<const fp16*>(p.x) + offset, r, s, p.dim, f);
+    }
+    return stage_sum<T>(compute_row(p.x, p.x_dtype, offset, p.x_stride.dim, s, p.dim), r, s, p.dim, f);
+  };
+  if (p.is_rms_norm) return {T(0), T(1) / std::sqrt(reduce([](Vec<T> v) { return v * v; }) / T(p.dim) + T(p.eps))};
+  const T mean = reduce([](Vec<T> v) { return v; }) / T(p.dim);
+  std::fill(s + p.dim, s + staged.padded(), mean);  // so that the padding adds nothing to the variance
+  const T square = reduce_row<T>(p.dim, [&](int64_t i) { const Vec<T> v = load(s + i) - Vec<T>(mean); return v * v; });
+  std::fill(s + p.dim, s + staged.padded(), T(0));
+  return {mean, T(1) / std::sqrt(square / T(p.dim) + T(p.eps))};
+}
+
+// Writes f(i), the vector of channels from i on, to a row of any dtype and stride; `scratch` is used where it is strided.
+template <class T, class F>
+COBRA_INLINE void write_row(void* dst, DType dtype, int64_t offset, int64_t stride, T* scratch, int64_t dim, F&& f) {
+  const auto write = [&](auto* out) {
+    int64_t i = 0;
+    for (; i + Vec<T>::kWidth <= dim; i += Vec<T>::kWidth) store(out + i, f(i));
+    if (i < dim) store_n(out + i, f(i), dim - i);
+  };
+  if (stride != 1) {
+    write(scratch);
+    return store_row(dst, dtype, offset, stride, scratch, dim);
+  }
+  if constexpr (std::is_same_v<T, double>) {
+    write(static_cast<double*>(dst) + offset);
+  } else {
+    switch (dtype) {
+      case DType::kBFloat16: return write(static_cast<bf16*>(dst) + offset);
+      case DType::kFloat16: return write(static_cast<fp16*>(dst) + offset);
+      default: return write(static_cast<float*>(dst) + offset);
+    }
+  }
 }
 
 template <class T>
@@ -73,16 +118,14 @@ void fwd(const RmsNormFwdParams& p, const Parallel& parallel) {
 
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, p.dim));
   parallel(0, p.rows, grain, [&](int64_t begin, int64_t end) {
-    Row<T> s(p.dim), y(p.dim);
+    Row<T> s(p.dim), scratch(p.dim);
     for (int64_t row = begin; row < end; ++row) {
-      load_sum(p, row, s.data(), y.data());
+      const auto [mean, rstd] = stage_row(p, row, s, scratch);
       if (p.s) store_row(p.s, p.s_dtype, row_offset(p.shape, p.s_stride, row), p.s_stride.dim, s.data(), p.dim);
-      const auto [mean, rstd] = row_statistics(s, p.dim, p.eps, p.is_rms_norm);
-      for (int64_t i = 0; i < y.padded(); i += Vec<T>::kWidth) {
-        const Vec<T> normal = (load(s.data() + i) - Vec<T>(mean)) * Vec<T>(rstd);
-        store(y.data() + i, fma(normal, load(weight.data() + i), load(bias.data() + i)));
-      }
-      store_row(p.y, p.x_dtype, row_offset(p.shape, p.y_stride, row), p.y_stride.dim, y.data(), p.dim);
+      const Vec<T> m = mean, r = rstd;
+      write_row(p.y, p.x_dtype, row_offset(p.shape, p.y_stride, row), p.y_stride.dim, scratch.data(), p.dim, [&](int64_t i) {
+        return fma((load(s.data() + i) - m) * r, load(weight.data() + i), load(bias.data() + i));
+      });
     }
   });
 }
@@ -90,6 +133,7 @@ void fwd(const RmsNormFwdParams& p, const Parallel& parallel) {
 // With n = (s - mean) * rstd and g = dy * weight: ds += rstd * (g - [mean(g)] - n * mean(g n)); dweight += dy n; dbias += dy.
 template <class T>
 void bwd(const RmsNormBwdParams& p, const Parallel& parallel) {
+  constexpr int kWidth = Vec<T>::kWidth;
   Row<T> weight(p.dim);
   load_row(weight.data(), p.weight, p.weight_dtype, 0, p.weight_stride, p.dim);
   T* const partial_dweight = static_cast<T*>(p.partial);                                                // (row_blocks, dim)
@@ -99,40 +143,37 @@ void bwd(const RmsNormBwdParams& p, const Parallel& parallel) {
   parallel(0, p.row_blocks, 1, [&](int64_t first_block, int64_t last_block) {
     Row<T> s(p.dim), dy(p.dim), ds(p.dim);
     for (int64_t block = first_block; block < last_block; ++block) {
-      T* const dweight = partial_dweight + block * p.dim;
-      T* const dbias = partial_dbias ? partial_dbias + block * p.dim : nullptr;
-      std::fill_n(dweight, p.dim, T(0));
-      if (dbias) std::fill_n(dbias, p.dim, T(0));
+      Row<T> dweight(p.dim), dbias(p.dim);
       for (int64_t row = block * rows_per_block; row < std::min(p.rows, (block + 1) * rows_per_block); ++row) {
-        load_sum(p, row, s.data(), dy.data());
+        const auto [mean, rstd] = stage_row(p, row, s, dy);
         load_row(dy.data(), p.dy, p.x_dtype, row_offset(p.shape, p.dy_stride, row), p.dy_stride.dim, p.dim);
-        const auto [mean, rstd] = row_statistics(s, p.dim, p.eps, p.is_rms_norm);
 
-        // From here `s` holds n.
-        for (int64_t i = 0; i < p.dim; ++i) s.data()[i] = (s.data()[i] - mean) * rstd;
-        const T mean_gn = reduce_row<T>(p.dim, [&](int64_t i) {
-          return load(dy.data() + i) * load(weight.data() + i) * load(s.data() + i);
-        }) / T(p.dim);
-        const T mean_g = p.is_rms_norm ? T(0) : reduce_row<T>(p.dim, [&](int64_t i) {
-          return load(dy.data() + i) * load(weight.data() + i);
-        }) / T(p.dim);
+        // From here `s` holds n; its padding and that of dy is 0 where a vector reaches into it.
+        const Vec<T> m = mean, r = rstd;
+        for (int64_t i = 0; i + kWidth <= p.dim; i += kWidth) store(s.data() + i, (load(s.data() + i) - m) * r);
+        for (int64_t i = p.dim / kWidth * kWidth; i < p.dim; ++i) s.data()[i] = (s.data()[i] - mean) * rstd;
+        const auto g = [&](int64_t i) { return load(dy.data() + i) * load(weight.data() + i); };
+        const Vec<T> mean_gn = reduce_row<T>(p.dim, [&](int64_t i) { return g(i) * load(s.data() + i); }) / T(p.dim);
+        const Vec<T> mean_g = p.is_rms_norm ? T(0) : reduce_row<T>(p.dim, g) / T(p.dim);
 
         if (p.ds) {
           load_row(ds.data(), p.ds, p.ds_dtype, row_offset(p.shape, p.ds_stride, row), p.ds_stride.dim, p.dim);
         } else {
           std::fill_n(ds.data(), p.dim, T(0));
         }
-        for (int64_t i = 0; i < p.dim; ++i) {
-          const T g = dy.data()[i] * weight.data()[i], n = s.data()[i];
-          dweight[i] += dy.data()[i] * n;
-          if (dbias) dbias[i] += dy.data()[i];
-          ds.data()[i] += rstd * (g - mean_g - n * mean_gn);
+        for (int64_t i = 0; i < s.padded(); i += kWidth) {
+          const Vec<T> n = load(s.data() + i), d = load(dy.data() + i);
+          store(dweight.data() + i, fma(d, n, load(dweight.data() + i)));
+          store(dbias.data() + i, load(dbias.data() + i) + d);
+          store(ds.data() + i, fma(r, g(i) - mean_g - n * mean_gn, load(ds.data() + i)));
         }
         store_row(p.dx, p.x_dtype, row_offset(p.shape, p.dx_stride, row), p.dx_stride.dim, ds.data(), p.dim);
         if (p.dresidual)
           store_row(p.dresidual, p.residual_dtype, row_offset(p.shape, p.dresidual_stride, row), p.dresidual_stride.dim,
                     ds.data(), p.dim);
       }
+      std::copy_n(dweight.data(), p.dim, partial_dweight + block * p.dim);
+      if (partial_dbias) std::copy_n(dbias.data(), p.dim, partial_dbias + block * p.dim);
     }
   });
 
