@@ -99,9 +99,8 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
       const int64_t block = unit / (p.batch * chunks), b = unit / chunks % p.batch, chunk = unit % chunks;
       const int64_t d = block * kChannelBlock, channels = std::min(kChannelBlock, p.dim - d);
       if (block != loaded_block) {
-        for (int64_t w = 0; w < p.width; ++w)
-          load_row(weight.data() + w * room, p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride,
-                   p.weight_dim_stride, channels);
+        load_columns(weight.data(), room, p.weight, p.weight_dtype, d * p.weight_dim_stride, p.weight_dim_stride, p.weight_width_stride,
+                     p.width, channels);
         if (p.bias) load_row(bias.data(), p.bias, p.bias_dtype, d * p.bias_stride, p.bias_stride, channels);
         loaded_block = block;
       }

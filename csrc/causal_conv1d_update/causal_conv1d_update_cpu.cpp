@@ -1,5 +1,6 @@
 // causal_conv1d_update on a CPU. A thread owns (channel block, batch row): the columns of the state and the new steps become
-// rows of channels in L1, the window slides over them, and the state is moved as raw bits.
+// rows of channels in L1, the window slides over them, and the state is moved as raw bits. A decode step on the usual state,
+// a few contiguous columns per channel, is transposed in registers both ways; other states are walked column by column.
 #include "causal_conv1d_update/causal_conv1d_update.h"
 #include "common/conv_window.h"
 #include "common/cpu_level.h"
@@ -17,39 +18,69 @@ namespace {
 
 using Params = CausalConv1dUpdateParams;
 
-constexpr int64_t kChannelBlock = 256;
+constexpr int64_t kChannelBlock = 1024;
 
-// One column of `channels` elements as bits: what is kept is kept exactly, NaN payloads included.
-template <class Bits>
-void copy_bits(void* dst, int64_t dst_offset, int64_t dst_stride, const void* src, int64_t src_offset, int64_t src_stride, int64_t channels) {
-  Bits* const to = static_cast<Bits*>(dst) + dst_offset;
-  const Bits* const from = static_cast<const Bits*>(src) + src_offset;
+// One column of `channels` elements, unconverted: what is kept is kept exactly, NaN payloads included. U is the dtype of the
+// state, for 16-bit floats their bits: GCC vectorises integers, not structs.
+template <class U>
+void copy_column(void* dst, int64_t dst_offset, int64_t dst_stride, const void* src, int64_t src_offset, int64_t src_stride, int64_t channels) {
+  U* const to = static_cast<U*>(dst) + dst_offset;
+  const U* const from = static_cast<const U*>(src) + src_offset;
   for (int64_t c = 0; c < channels; ++c) to[c * dst_stride] = from[c * src_stride];
 }
-using CopyBits = decltype(&copy_bits<uint16_t>);
 
-CopyBits copy_bits_for(DType dtype) {
-  switch (size_of(dtype)) {
-    case 2: return copy_bits<uint16_t>;
-    case 4: return copy_bits<uint32_t>;
-    default: return copy_bits<uint64_t>;
+// The state of n channels, kLength contiguous elements each, as kLength columns; and back, one column later. GCC turns both
+// into vector loads, stores and shuffles because kLength is known.
+template <class U, int kLength>
+void split(U* __restrict columns, const void* state, int64_t offset, int64_t n) {
+  const U* __restrict from = static_cast<const U*>(state) + offset;
+  for (int64_t c = 0; c < n; ++c)
+    for (int j = 0; j < kLength; ++j) columns[j * kChannelBlock + c] = from[c * kLength + j];
+}
+template <class U, int kLength>
+void merge_shifted(void* state, int64_t offset, const U* __restrict columns, int64_t n) {
+  U* __restrict to = static_cast<U*>(state) + offset;
+  for (int64_t c = 0; c < n; ++c)
+    for (int j = 0; j < kLength; ++j) to[c * kLength + j] = columns[(j + 1) * kChannelBlock + c];
+}
+
+constexpr int kMaxSplit = 4;  // longest state with code of its own: the window of Mamba
+
+template <class U>
+struct Transpose {
+  decltype(&split<U, 2>) split = nullptr;
+  decltype(&merge_shifted<U, 2>) merge_shifted = nullptr;
+};
+template <class U>
+Transpose<U> transpose_for(int64_t length) {
+  switch (length) {
+    case 2: return {split<U, 2>, merge_shifted<U, 2>};
+    case 3: return {split<U, 3>, merge_shifted<U, 3>};
+    case kMaxSplit: return {split<U, kMaxSplit>, merge_shifted<U, kMaxSplit>};
+    default: return {};
   }
 }
 
 int64_t floor_mod(int64_t a, int64_t n) { return (a % n + n) % n; }
 
-template <class T>
+// S is the dtype of the state, T the one computed in.
+template <class S, class T>
 void update(const Params& p, const Parallel& parallel) {
   const int64_t blocks = (p.dim + kChannelBlock - 1) / kChannelBlock;
   const ConvRows<T, T> conv = conv_rows_for<T, T, 1>(p.width);
-  const CopyBits copy = copy_bits_for(p.state_dtype);
+  using U = std::conditional_t<sizeof(S) == 2, uint16_t, S>;
+  const auto copy = copy_column<U>;
+  const bool one_step = p.steps == 1 && !p.cache_seqlens && p.state_stride.step == 1 && p.state_stride.dim == p.state_len;
+  const Transpose<U> transpose = one_step ? transpose_for<U>(p.state_len) : Transpose<U>{};
   const int64_t past = p.width - 1;
   const int64_t work = std::min(p.dim, kChannelBlock) * (p.state_len + p.steps);  // elements of one unit
 
   parallel(0, blocks * p.batch, std::max<int64_t>(1, 16384 / std::max<int64_t>(1, work)), [&](int64_t first_unit, int64_t last_unit) {
     const Buffer<T> ring(p.width * kChannelBlock), weight(p.width * kChannelBlock), bias(kChannelBlock), y(kChannelBlock);
     const Buffer<T> zeros(kChannelBlock);
+    const Buffer<U> columns(transpose.split ? (kMaxSplit + 1) * kChannelBlock : 0);
     std::vector<T*> rows(p.width);  // oldest first
+    std::vector<const T*> taps(p.width);
     T* const y_row = y.data();
     for (int64_t r = 0; r < p.width; ++r) rows[r] = ring.data() + r * kChannelBlock;
 
@@ -69,9 +100,8 @@ void update(const Params& p, const Parallel& parallel) {
         continue;
       }
       if (block != loaded_block) {
-        for (int64_t w = 0; w < p.width; ++w)
-          load_row(weight.data() + w * kChannelBlock, p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride,
-                   p.weight_dim_stride, channels);
+        load_columns(weight.data(), kChannelBlock, p.weight, p.weight_dtype, d * p.weight_dim_stride, p.weight_dim_stride,
+                     p.weight_width_stride, p.width, channels);
         if (p.bias) load_row(bias.data(), p.bias, p.bias_dtype, d * p.bias_stride, p.bias_stride, channels);
         loaded_block = block;
       }
@@ -80,6 +110,33 @@ void update(const Params& p, const Parallel& parallel) {
       const int64_t seen = p.cache_seqlens ? load_index(p.cache_seqlens, p.cache_seqlens_dtype, b * p.cache_seqlens_stride) : 0;
       // Column of the state that holds, or will hold, the input `t` steps after the last one seen (t < 0: before).
       const auto column = [&](int64_t t) { return p.cache_seqlens ? floor_mod(floor_mod(seen, p.state_len) + t, p.state_len) : p.state_len + t; };
+
+      // The new column of the state: the same bits where the dtypes agree.
+      const auto store_new = [&](void* state, int64_t offset, int64_t stride, int64_t s) {
+        if (p.state_dtype == p.x_dtype) {
+          copy(state, offset, stride, p.x, x_offset(s), p.x_stride.dim, channels);
+        } else {
+          load_row(rows[past], p.x, p.x_dtype, x_offset(s), p.x_stride.dim, channels);
+          store_row(state, p.state_dtype, offset, stride, rows[past], channels);
+        }
+      };
+
+      if (transpose.split) {
+        transpose.split(columns.data(), p.state, state_offset, channels);
+        const U* const window = columns.data() + (p.state_len - past) * kChannelBlock;
+        if constexpr (std::is_same_v<S, T>) {
+          for (int64_t r = 0; r < p.width; ++r) taps[r] = window + r * kChannelBlock;
+        } else {
+          for (int64_t r = 0; r < past; ++r) load_row_as(rows[r], reinterpret_cast<const S*>(window + r * kChannelBlock), 1, channels);
+          load_row(rows[past], p.x, p.x_dtype, x_offset(0), p.x_stride.dim, channels);
+          std::copy(rows.begin(), rows.end(), taps.begin());
+        }
+        store_new(columns.data(), p.state_len * kChannelBlock, 1, 0);
+        transpose.merge_shifted(p.state, state_offset, columns.data(), channels);
+        conv(taps.data(), weight.data(), kChannelBlock, bias.data(), p.width, p.silu, channels, &y_row, 0, 0);
+        store_y(0, y_row);
+        continue;
+      }
 
       for (int64_t r = 0; r < past; ++r)
         load_row(rows[r], p.state, p.state_dtype, state_offset + column(r - past) * p.state_stride.step, p.state_stride.dim, channels);
@@ -91,14 +148,7 @@ void update(const Params& p, const Parallel& parallel) {
       for (int64_t s = 0; s < p.steps; ++s) {
         load_row(rows[past], p.x, p.x_dtype, x_offset(s), p.x_stride.dim, channels);
         const int64_t target = p.cache_seqlens ? column(s) : p.state_len - p.steps + s;
-        if (target >= 0) {
-          const int64_t to = state_offset + target * p.state_stride.step;
-          if (p.state_dtype == p.x_dtype) {
-            copy(p.state, to, p.state_stride.dim, p.x, x_offset(s), p.x_stride.dim, channels);
-          } else {
-            store_row(p.state, p.state_dtype, to, p.state_stride.dim, rows[past], channels);
-          }
-        }
+        if (target >= 0) store_new(p.state, state_offset + target * p.state_stride.step, p.state_stride.dim, s);
         conv(rows.data(), weight.data(), kChannelBlock, bias.data(), p.width, p.silu, channels, &y_row, 0, 0);
         store_y(s, y_row);
         std::rotate(rows.begin(), rows.begin() + 1, rows.end());
@@ -110,10 +160,14 @@ void update(const Params& p, const Parallel& parallel) {
 }  // namespace
 
 void causal_conv1d_update(const CausalConv1dUpdateParams& p, const Parallel& parallel) {
+  switch (p.state_dtype) {
 #if defined(COBRA_LEVEL_SCALAR)
-  if (p.x_dtype == DType::kFloat64) return update<double>(p, parallel);
+    case DType::kFloat64: return update<double, double>(p, parallel);
 #endif
-  update<float>(p, parallel);
+    case DType::kBFloat16: return update<bf16, float>(p, parallel);
+    case DType::kFloat16: return update<fp16, float>(p, parallel);
+    default: return update<float, float>(p, parallel);
+  }
 }
 
 }  // namespace cobra::COBRA_LEVEL

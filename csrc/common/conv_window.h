@@ -35,6 +35,36 @@ COBRA_INLINE int64_t load_index(const void* p, DType dtype, int64_t offset) {
   return dtype == DType::kInt32 ? static_cast<const int32_t*>(p)[offset] : static_cast<const int64_t*>(p)[offset];
 }
 
+// The columns of an (n, columns) matrix as rows of n in compute precision. For the usual weights, 2 to 4 contiguous columns,
+// GCC makes vector loads and shuffles of the loop because kColumns is known.
+template <class T, class S, int kColumns>
+void split_columns(T* __restrict dst, int64_t dst_stride, const S* __restrict src, int64_t n) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int j = 0; j < kColumns; ++j) dst[j * dst_stride + i] = to_float(src[i * kColumns + j]);
+}
+template <class T, class S>
+bool split_columns(T* dst, int64_t dst_stride, const S* src, int64_t columns, int64_t n) {
+  switch (columns) {
+    case 2: split_columns<T, S, 2>(dst, dst_stride, src, n); return true;
+    case 3: split_columns<T, S, 3>(dst, dst_stride, src, n); return true;
+    case 4: split_columns<T, S, 4>(dst, dst_stride, src, n); return true;
+    default: return false;
+  }
+}
+template <class T>
+void load_columns(T* dst, int64_t dst_stride, const void* src, DType dtype, int64_t offset, int64_t row_stride, int64_t column_stride,
+                  int64_t columns, int64_t n) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (row_stride == columns && column_stride == 1) {
+      const bool done = dtype == DType::kBFloat16 ? split_columns(dst, dst_stride, static_cast<const bf16*>(src) + offset, columns, n)
+                        : dtype == DType::kFloat16 ? split_columns(dst, dst_stride, static_cast<const fp16*>(src) + offset, columns, n)
+                                                   : split_columns(dst, dst_stride, static_cast<const float*>(src) + offset, columns, n);
+      if (done) return;
+    }
+  }
+  for (int64_t j = 0; j < columns; ++j) load_row(dst + j * dst_stride, src, dtype, offset + j * column_stride, row_stride, n);
+}
+
 // 16-bit outputs are finished in tiles of this many sums: sums, SiLU and rounding as three short loops. In one loop the chain
 // behind each output is so long that the processor's window holds too few of them (measured: 1.6x slower with AVX-512).
 constexpr int64_t kConvTile = 512;
