@@ -176,9 +176,14 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int], max_pixels: in
             rgba = image.convert("RGBA")
             image = Image.new("RGB", rgba.size, background)
             image.paste(rgba, mask=rgba.getchannel("A"))
-        else:
-            image = image.convert("RGB") if image.mode != "RGB" else image
-        return image.transpose(turn) if turn is not None else image
+        elif image.mode != "RGB":
+            image = image.convert("RGB")
+        if turn is not None:
+            image = image.transpose(turn)
+        elif image.info:
+            image = image.copy()  # not the caller's, whose info stays
+        image.info = {}  # or else its orientation would be applied again by the next reader
+        return image
     except ImageError:
         raise
     except Exception as error:

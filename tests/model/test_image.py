@@ -7,6 +7,7 @@ import os
 import struct
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -254,6 +255,11 @@ def test_limits_are_checked_on_the_header(tmp_path, monkeypatch):
     assert load_image(tmp_path / "p", max_bytes=len(data)).size == (22, 13)
 
 
+def test_the_demo_photo():
+    path = Path(__file__).resolve().parents[2] / "assets" / "astronaut.jpg"
+    assert load_image(path).size == (512, 512) and path.stat().st_size < 300_000
+
+
 # --- one meaning -----------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +280,7 @@ def test_exif_orientation(format, orientation):
     exif[0x0112] = orientation
     options = {"quality": 95, "subsampling": 0} if format == "JPEG" else {}
     got = load_image(encode(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options))
+    assert load_image(got).tobytes() == got.tobytes() and not got.info and not got.getexif(), "turned once, not twice"
     difference = np.abs(pixels(got).astype(int) - np.asarray(upright))
     assert difference.max() <= (40 if format == "JPEG" else 0) and difference.mean() < 5
 
@@ -375,6 +382,18 @@ def test_first_frame_of_an_animation_with_a_warning(format):
         warnings.simplefilter("error")
         assert pixels(load_image(opened))[4, 4].tolist() == [0, 255, 0]  # a PIL image: its current frame
     assert opened.tell() == 1
+
+
+def test_the_callers_image_is_not_changed():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    given = Image.open(io.BytesIO(encode(PICTURE, "PNG", exif=exif)))
+    info, size = dict(given.info), given.size
+    assert load_image(given).size == size[::-1] and given.size == size and given.info == info
+    given = PICTURE.copy()
+    given.info["comment"] = "mine"
+    load_image(given)
+    assert given.info == {"comment": "mine"}
 
 
 def test_arrays():
