@@ -18,9 +18,9 @@ COBRA_DECLARE_LEVELS(selective_scan_fwd, SelectiveScanFwdParams)
 namespace cobra::COBRA_LEVEL {
 namespace {
 
-constexpr int64_t kSteps = 32;          // of a tile: three staged fp32 tiles of a block are 24 KB
-constexpr int64_t kChunkSteps = kSteps + 1;  // between chunks of a staged tile, so that they do not fall into the same cache sets
-constexpr int64_t kBlockChannels = 256;  // of a block: a kilobyte of fp32 per row of a channel-last tensor, so that page walks are few
+constexpr int64_t kSteps = 32;               // of a tile
+constexpr int64_t kChunkSteps = kSteps + 1;  // between chunks of a staged tile, so that they do not share cache sets
+constexpr int64_t kBlockChannels = 256;      // of a block: channel-last rows of 1 KB, so that page walks are few
 
 // --- staging: a strided matrix in memory <-> chunks of vectors ------------------------------------------------------
 // A staged matrix (lanes, steps) is [lane / kWidth][step][lane % kWidth], `chunk_steps` steps apart from chunk to chunk.
@@ -88,6 +88,7 @@ void load_tile_as(T* dst, int64_t chunk_steps, const S* src, int64_t lane_stride
     for (int64_t t = 0; t < steps; ++t) {
       const S* row = src + t * step_stride;
       T* out = dst + t * W;
+#pragma GCC unroll 4
       for (int64_t i = 0; i < whole; i += W, out += chunk_size) store(out, load(row + i));
       if (whole < lanes) store(out, load_n(row + whole, lanes - whole));
     }
@@ -123,17 +124,15 @@ void load_tile(T* dst, int64_t chunk_steps, const Matrix& m, int64_t lanes, int6
   }
 }
 
-// Asks for the lines of one chunk of a tile. Hardware prefetchers do not follow rows this short and this far apart.
+// Asks for the lines of one chunk of a channel-first tile: rows too short and too far apart for the hardware's prefetchers.
+// Channel-last rows are left to them; asking for those cost more than it brought.
 template <class T, bool kWrite>
 COBRA_INLINE void prefetch_chunk(const Matrix& m, int64_t chunk, int64_t lanes, int64_t steps) {
-  const int64_t size = int64_t(size_of(m.dtype)), first = chunk * Vec<T>::kWidth, rows = std::min<int64_t>(Vec<T>::kWidth, lanes - first);
-  const char* p = static_cast<const char*>(m.data) + (m.offset + first * m.lane_stride) * size;
-  if (m.lane_stride == 1) {
-    for (int64_t t = 0; t < steps; ++t) __builtin_prefetch(p + t * m.step_stride * size, kWrite);
-  } else if (m.step_stride == 1) {
-    for (int64_t j = 0; j < rows; ++j)
-      for (int64_t byte = 0; byte < steps * size; byte += 64) __builtin_prefetch(p + j * m.lane_stride * size + byte, kWrite);
-  }
+  if (m.step_stride != 1 || m.lane_stride == 1) return;
+  const int64_t size = int64_t(size_of(m.dtype)), first = chunk * Vec<T>::kWidth, last = std::min<int64_t>(first + Vec<T>::kWidth, lanes);
+  const char* row = static_cast<const char*>(m.data) + (m.offset + first * m.lane_stride) * size;
+  for (int64_t lane = first; lane < last; ++lane, row += m.lane_stride * size)
+    for (int64_t byte = 0; byte < steps * size; byte += 64) __builtin_prefetch(row + byte, kWrite);
 }
 
 template <class T, class S>
@@ -144,6 +143,7 @@ void store_tile_as(S* dst, const T* src, int64_t chunk_steps, int64_t lane_strid
     for (int64_t t = 0; t < steps; ++t) {
       S* row = dst + t * step_stride;
       const T* in = src + t * W;
+#pragma GCC unroll 4
       for (int64_t i = 0; i < whole; i += W, in += chunk_size) store(row + i, load(in));
       if (whole < lanes) store_n(row + whole, load(in), lanes - whole);
     }
