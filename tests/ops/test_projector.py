@@ -130,7 +130,9 @@ def roundings(case: Case, ldp: bool) -> int:
 
 
 both = pytest.mark.parametrize("ldp", [False, True], ids=["mlp", "ldp"])
-ALL_CASES = [pytest.param(c, ldp, id=f"{name}-{c.id}") for name, ldp, cs in (("mlp", False, MLP_CASES), ("ldp", True, LDP_CASES)) for c in cs]
+ALL_CASES = [
+    pytest.param(c, ldp, id=f"{name}-{c.id}") for name, ldp, cs in (("mlp", False, MLP_CASES), ("ldp", True, LDP_CASES)) for c in cs
+]
 every_case = pytest.mark.parametrize("case, ldp", ALL_CASES)
 
 
@@ -515,7 +517,9 @@ def test_opcheck(case, ldp):
     dy = run(case, tensors, None, ldp)
     peg = split(case, tensors)[3]
     wanted = [True] * sum(t is not None for t in tensors) + [False] * sum(t is None for t in peg)
-    torch.library.opcheck(getattr(op, f"{name}_bwd").default, (dy, *arguments(tensors), wanted), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        getattr(op, f"{name}_bwd").default, (dy, *arguments(tensors), wanted), test_utils=("test_schema", "test_faketensor")
+    )
     leaves = [t if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(getattr(op, name).default, (*arguments(leaves), "cpu"))
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cobra_kernels
-from cobra_kernels import selective_state_update
+from cobra_kernels import selective_scan, selective_state_update
 from cobra_kernels.errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError
 from tests.conftest import kernel_backends
 from tests.tolerances import OUTPUT, assert_close, relative_error
@@ -238,9 +238,7 @@ def test_softplus_around_its_threshold_and_extremes(backend):
     # A step that underflows to 0 keeps the state and gives C h + D x; a huge one forgets everything.
     state = torch.randn(1, dim, 16)
     before, C, D = state.clone(), torch.randn(1, 16), torch.randn(dim)
-    out = selective_state_update(
-        state, one, one * -200, -torch.rand(dim, 16), torch.randn(1, 16), C, D, dt_softplus=True, backend=backend
-    )
+    out = selective_state_update(state, one, one * -200, -torch.rand(dim, 16), torch.randn(1, 16), C, D, dt_softplus=True, backend=backend)
     assert torch.equal(state, before)
     assert_close(out, (before.double() * C.double()).sum(-1) + D.double(), 1e-6)
     B = torch.randn(1, 16)
@@ -280,7 +278,7 @@ def test_only_padding_needs_no_pool(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_equal_the_scan(backend):
-    """Six updates against a plain recurrence in fp64: the scan's own definition."""
+    """Six updates against one scan of the same backend, and both against a plain recurrence in fp64."""
     batch, dim, dstate, steps = 2, 40, 16, 6
     g = torch.Generator().manual_seed(3)
     u, delta = torch.randn(2, batch, dim, steps, generator=g)
@@ -288,6 +286,7 @@ def test_steps_equal_the_scan(backend):
     D, bias = torch.randn(2, dim, generator=g)
     z, h = torch.randn(batch, dim, steps, generator=g), torch.randn(batch, dim, dstate, generator=g)
     wide, state = h.double(), h.clone()
+    scanned, last = selective_scan(u, delta, A, B, C, D, z, bias, True, True, initial_state=h, backend=backend)
     for t in range(steps):
         dt = torch.nn.functional.softplus(delta[..., t].double() + bias.double())
         wide = torch.exp(dt[..., None] * A.double()) * wide + (dt * u[..., t].double())[..., None] * B[:, None, :, t].double()
@@ -297,7 +296,9 @@ def test_steps_equal_the_scan(backend):
             state, u[..., t], delta[..., t], A, B[..., t], C[..., t], D, z[..., t], bias, True, backend=backend
         )  # fmt: skip
         assert_close(out, expected, 1e-6, f"out of step {t}")
+        assert_close(out, scanned[..., t], 1e-6, f"step {t} and the scan")
     assert_close(state, wide, 1e-6, "state")
+    assert_close(state, last, 1e-6, "state and the scan's")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -337,7 +338,9 @@ def test_rows_are_independent_bit_for_bit(backend, dtype):
 
 
 @pytest.mark.threads
-@pytest.mark.parametrize("case", [Case(batch=16, dim=513), Case(batch=5, heads=8, dim=70, dstate=128, groups=2, tie=True)], ids=lambda c: c.id)
+@pytest.mark.parametrize(
+    "case", [Case(batch=16, dim=513), Case(batch=5, heads=8, dim=70, dstate=128, groups=2, tie=True)], ids=lambda c: c.id
+)
 def test_threads_change_no_bit(threads, case):
     tensors = make_inputs(case)
     one, two = threads(lambda: run(tensors, "cpu"), 1, 2)
