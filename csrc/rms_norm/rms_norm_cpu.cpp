@@ -134,43 +134,46 @@ void fwd(const RmsNormFwdParams& p, const Parallel& parallel) {
 template <class T>
 void bwd(const RmsNormBwdParams& p, const Parallel& parallel) {
   constexpr int kWidth = Vec<T>::kWidth;
-  Row<T> weight(p.dim);
+  Row<T> weight(p.dim), zeros(p.ds ? 0 : p.dim);
+  // A row that vectors may run over to the end of its padding: in place only if it has none.
+  const auto whole_vectors = [&](const void* src, DType dtype, const RowStride& stride, int64_t row, T* staged) -> const T* {
+    const int64_t offset = row_offset(p.shape, stride, row);
+    if (p.dim % kWidth == 0) return compute_row(src, dtype, offset, stride.dim, staged, p.dim);
+    load_row(staged, src, dtype, offset, stride.dim, p.dim);
+    return staged;
+  };
   load_row(weight.data(), p.weight, p.weight_dtype, 0, p.weight_stride, p.dim);
   T* const partial_dweight = static_cast<T*>(p.partial);                                                // (row_blocks, dim)
   T* const partial_dbias = p.dbias ? partial_dweight + p.row_blocks * p.dim : nullptr;                  // (row_blocks, dim)
   const int64_t rows_per_block = (p.rows + p.row_blocks - 1) / p.row_blocks;
 
   parallel(0, p.row_blocks, 1, [&](int64_t first_block, int64_t last_block) {
-    Row<T> s(p.dim), dy(p.dim), ds(p.dim);
+    Row<T> s(p.dim), scratch(p.dim), d_sum(p.dim);
     for (int64_t block = first_block; block < last_block; ++block) {
       Row<T> dweight(p.dim), dbias(p.dim);
       for (int64_t row = block * rows_per_block; row < std::min(p.rows, (block + 1) * rows_per_block); ++row) {
-        const auto [mean, rstd] = stage_row(p, row, s, dy);
-        load_row(dy.data(), p.dy, p.x_dtype, row_offset(p.shape, p.dy_stride, row), p.dy_stride.dim, p.dim);
+        const auto [mean, rstd] = stage_row(p, row, s, scratch);
+        const T* const dy = whole_vectors(p.dy, p.x_dtype, p.dy_stride, row, scratch.data());
+        const T* const ds = p.ds ? whole_vectors(p.ds, p.ds_dtype, p.ds_stride, row, d_sum.data()) : zeros.data();
 
-        // From here `s` holds n; its padding and that of dy is 0 where a vector reaches into it.
         const Vec<T> m = mean, r = rstd;
-        for (int64_t i = 0; i + kWidth <= p.dim; i += kWidth) store(s.data() + i, (load(s.data() + i) - m) * r);
-        for (int64_t i = p.dim / kWidth * kWidth; i < p.dim; ++i) s.data()[i] = (s.data()[i] - mean) * rstd;
-        const auto g = [&](int64_t i) { return load(dy.data() + i) * load(weight.data() + i); };
-        const Vec<T> mean_gn = reduce_row<T>(p.dim, [&](int64_t i) { return g(i) * load(s.data() + i); }) / T(p.dim);
+        const auto g = [&](int64_t i) { return load(dy + i) * load(weight.data() + i); };  // 0 in the padding, as dy is
+        const Vec<T> mean_gn = reduce_row<T>(p.dim, [&](int64_t i) {
+          const Vec<T> n = (load(s.data() + i) - m) * r;
+          store(s.data() + i, n);  // from here on s holds n
+          return g(i) * n;
+        }) / T(p.dim);
         const Vec<T> mean_g = p.is_rms_norm ? T(0) : reduce_row<T>(p.dim, g) / T(p.dim);
-
-        if (p.ds) {
-          load_row(ds.data(), p.ds, p.ds_dtype, row_offset(p.shape, p.ds_stride, row), p.ds_stride.dim, p.dim);
-        } else {
-          std::fill_n(ds.data(), p.dim, T(0));
-        }
         for (int64_t i = 0; i < s.padded(); i += kWidth) {
-          const Vec<T> n = load(s.data() + i), d = load(dy.data() + i);
+          const Vec<T> n = load(s.data() + i), d = load(dy + i);
           store(dweight.data() + i, fma(d, n, load(dweight.data() + i)));
           store(dbias.data() + i, load(dbias.data() + i) + d);
-          store(ds.data() + i, fma(r, g(i) - mean_g - n * mean_gn, load(ds.data() + i)));
+          store(d_sum.data() + i, fma(r, g(i) - mean_g - n * mean_gn, load(ds + i)));
         }
-        store_row(p.dx, p.x_dtype, row_offset(p.shape, p.dx_stride, row), p.dx_stride.dim, ds.data(), p.dim);
+        store_row(p.dx, p.x_dtype, row_offset(p.shape, p.dx_stride, row), p.dx_stride.dim, d_sum.data(), p.dim);
         if (p.dresidual)
           store_row(p.dresidual, p.residual_dtype, row_offset(p.shape, p.dresidual_stride, row), p.dresidual_stride.dim,
-                    ds.data(), p.dim);
+                    d_sum.data(), p.dim);
       }
       std::copy_n(dweight.data(), p.dim, partial_dweight + block * p.dim);
       if (partial_dbias) std::copy_n(dbias.data(), p.dim, partial_dbias + block * p.dim);
