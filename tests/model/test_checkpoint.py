@@ -390,6 +390,16 @@ def test_header_length_is_checked(copy, length):
         cobra.load(directory)
 
 
+def test_a_header_over_the_limit_is_not_read(copy, monkeypatch):
+    directory = copy("one")
+    with open(directory / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", checkpoint.MAX_HEADER_BYTES + 1))
+        file.truncate(checkpoint.MAX_HEADER_BYTES + 100)
+    monkeypatch.setattr(checkpoint, "parse_header", lambda *args: pytest.fail("parsed"))
+    with pytest.raises(CheckpointError, match="expected 2 to 16,777,216 and to fit"):
+        cobra.load(directory)
+
+
 def test_nothing_is_allocated_for_a_wrong_header(copy, monkeypatch):
     """A sparse file of 1 TB whose header is consistent in itself: the config refuses it before one tensor exists."""
     directory = copy("one")
