@@ -1,6 +1,7 @@
 // The module itself: its rooms, threads, instruction-set level, and the emulator's options.
 #include "host/host.h"
 
+#include <algorithm>
 #include <atomic>
 #include <thread>
 #include <vector>
@@ -18,10 +19,9 @@ std::vector<void (*)(py::module_&)>& rooms() {
 
 std::atomic<int> thread_count{1};
 
-// One range per thread, as torch cuts them: at least `grain` long.
-void run_threads(int64_t begin, int64_t end, int64_t grain, Parallel::Body body, void* context) {
-  const int64_t most = std::max<int64_t>(1, (end - begin) / std::max<int64_t>(1, grain));
-  const int64_t count = std::min<int64_t>(thread_count, most), each = (end - begin + count - 1) / count;
+// One range per thread. `grain` is passed over: it keeps small problems on one thread, and tests are small.
+void run_threads(int64_t begin, int64_t end, int64_t /*grain*/, Parallel::Body body, void* context) {
+  const int64_t count = std::clamp<int64_t>(end - begin, 1, thread_count), each = (end - begin + count - 1) / count;
   std::vector<std::thread> threads;
   for (int64_t first = begin + each; first < end; first += each)
     threads.emplace_back(body, first, std::min(end, first + each), context);

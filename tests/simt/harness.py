@@ -26,7 +26,7 @@ GRADIENT = {"fp32": 1e-5, "bf16": 2.9e-3, "fp16": 3.7e-4, "fp64": 1e-12}
 
 MAP_NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # Python 3.11 has it; Linux has one value
 
-LAYOUTS = ("contiguous", "padded", "transposed", "sliced", "unaligned", "expanded")
+LAYOUTS = ("contiguous", "padded", "transposed", "sliced", "unaligned", "strided", "expanded")
 
 # Elements before and after every tensor. Under AddressSanitizer 0: its own red zone then begins where the tensor ends.
 guard = 64
@@ -89,7 +89,7 @@ class Tensor:
             offset = 1
         elif layout == "expanded" and len(shape) > 1:
             inner[0] = 1
-        strides, step = [0] * len(shape), 1
+        strides, step = [0] * len(shape), 2 if layout == "strided" else 1
         for axis in reversed(order):
             strides[axis] = step * item
             step *= inner[axis]
