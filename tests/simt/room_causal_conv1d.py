@@ -1,0 +1,133 @@
+"""causal_conv1d on numpy arrays: cases, and one function that checks a case (see room_rms_norm.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.simt import harness
+from tests.simt.harness import Tensor, check_close
+
+DEVICES = ("cpu",)
+BOTH = ("contiguous", "transposed")  # time, or channels, side by side in memory
+
+
+class Case(NamedTuple):
+    """The base case; each row of CASES varies one thing."""
+
+    batch: int = 2
+    dim: int = 35
+    seqlen: int = 37
+    width: int = 4
+    dtype: str = "fp32"
+    weight_dtype: str = ""  # empty: as x
+    state_dtype: str = ""
+    bias: bool = True
+    silu: bool = True
+    layout: str = "contiguous"
+    initial: bool = False
+    final: bool = False
+    packed: tuple[int, ...] | None = None  # cu_seqlens; batch is 1
+    seq_idx: bool = False
+    index: str = "i4"
+
+    @property
+    def id(self) -> str:
+        base = Case()
+        return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)).replace(" ", "") or "base"
+
+
+EMPTY_AND_SHORT = (0, 0, 1, 3, 3, 6, 23, 37, 37, 66)
+CASES = [
+    *(Case(dim=dim, layout=x) for dim in (0, 1, 15, 16, 17, 64, 65) for x in BOTH),
+    # Past a tile of sums, past a channel block; past the 16 and the 1024 time steps of a unit of work.
+    *(Case(dim=dim, seqlen=6, layout="transposed", dtype=d) for dim in (511, 512, 513, 529) for d in ("fp32", "bf16")),
+    Case(batch=1, dim=8193, seqlen=5, layout="transposed", final=True),
+    *(Case(seqlen=n, layout=x, initial=i, final=True) for n in (0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 33) for x in BOTH for i in (False, True)),
+    *(Case(dim=2, seqlen=n, dtype=d) for n in (511, 512, 513, 529, 1023, 1024, 1025, 1041) for d in ("fp32", "bf16")),
+    *(Case(width=w, layout=x, initial=i, final=True) for w in (1, 2, 3, 5, 6, 7, 8, 9, 18) for x in BOTH for i in (False, True)),
+    *(Case(dtype=d, weight_dtype=w, state_dtype="fp32", layout=x, initial=True, final=True)
+      for d in ("bf16", "fp16") for w in ("", "fp32") for x in BOTH),
+    *(Case(dtype=d, layout=x) for d in ("fp32", "bf16", "fp64") for x in harness.LAYOUTS),
+    *(Case(dtype=d, layout=x, initial=True, final=True) for d in ("fp32", "fp16") for x in harness.LAYOUTS[1:]),
+    Case(batch=0, final=True),
+    Case(bias=False, silu=False),
+    Case(bias=False, silu=False, layout="transposed", dtype="bf16"),
+    *(Case(batch=1, seqlen=70, packed=EMPTY_AND_SHORT, index=n, layout=x, initial=i, final=True, dtype=d)
+      for n, d in (("i4", "fp32"), ("i8", "bf16")) for x in (*BOTH, "strided") for i in (False, True)),
+    *(Case(batch=1, seqlen=9, packed=p, layout=x, initial=True, final=True) for p in ((0,), (0, 9), (0, 0, 0)) for x in BOTH),
+    Case(batch=1, seqlen=70, packed=EMPTY_AND_SHORT, width=9, initial=True, final=True),
+    *(Case(seq_idx=True, index=n, layout=x, dtype=d, width=w)
+      for n, d, w in (("i4", "fp32", 4), ("i8", "fp16", 4), ("i4", "fp64", 1), ("i4", "fp32", 9)) for x in (*BOTH, "strided")),
+    *(Case(seq_idx=True, dim=2, seqlen=1025, layout=x) for x in BOTH),
+]  # fmt: skip
+SANITIZED = CASES
+
+
+def expected_conv(x, weight, bias, silu, initial):
+    """(y, final state) of one sequence (dim, seqlen) in fp64, after the inputs `initial` (dim, width - 1)."""
+    whole = np.concatenate([initial, x], axis=1)
+    y = sum(weight[:, w, None] * whole[:, w : w + x.shape[1]] for w in range(weight.shape[1])) + bias[:, None]
+    return y / (1 + np.exp(-y)) if silu else y, whole[:, x.shape[1] :]
+
+
+def check(host, case: Case, device: str) -> None:
+    """One convolution against fp64, inputs unchanged, guards whole, outputs written."""
+    rng = np.random.default_rng(0)
+    shape, past = (case.batch, case.dim, case.seqlen), case.width - 1
+    states = (case.batch if case.packed is None else len(case.packed) - 1, case.dim, past)
+
+    def make(shape, dtype):
+        return Tensor(shape, dtype or case.dtype, case.layout, rng.standard_normal(shape))
+
+    inputs = {"x": make(shape, ""), "weight": make((case.dim, case.width), case.weight_dtype)}
+    inputs["bias"] = make((case.dim,), case.weight_dtype) if case.bias else None
+    inputs["initial"] = make(states, case.state_dtype) if case.initial else None
+    y = Tensor(shape, case.dtype, "contiguous" if case.layout == "expanded" else case.layout)
+    final = Tensor(states, case.dtype) if case.final else None
+    cu_seqlens = None if case.packed is None else np.array(case.packed, case.index)
+    seq_idx = np.repeat(rng.integers(-1, 3, (case.batch, case.seqlen)), 5, axis=1)[:, : case.seqlen] if case.seq_idx else None
+    seq_idx = None if seq_idx is None else seq_idx.astype(case.index)
+
+    array = {name: None if t is None else t.array for name, t in inputs.items()}
+    host.causal_conv1d(array["x"], array["weight"], array["bias"], seq_idx, array["initial"], case.silu, cu_seqlens, y.array,
+                       None if final is None else final.array)  # fmt: skip
+
+    x, weight = inputs["x"].values(), inputs["weight"].values()
+    bias = inputs["bias"].values() if case.bias else np.zeros(case.dim)
+    initial = inputs["initial"].values() if case.initial else np.zeros(states)
+    expected, expected_final = np.zeros(shape), np.zeros(states)
+    if seq_idx is not None:
+        for b in range(case.batch):
+            for s in range(3):
+                same = seq_idx[b] == s
+                expected[b][:, same] = expected_conv(x[b] * same, weight, bias, case.silu, initial[b])[0][:, same]
+    else:
+        bounds = [0, case.seqlen] if case.packed is None else case.packed
+        pieces = [(b, b, *bounds) for b in range(case.batch)] if case.packed is None else [(0, i, *bounds[i : i + 2]) for i in range(len(bounds) - 1)]
+        for b, state, begin, end in pieces:
+            expected[b, :, begin:end], expected_final[state] = expected_conv(x[b, :, begin:end], weight, bias, case.silu, initial[state])
+    check_close(y, expected, harness.OUTPUT[case.dtype], "y")
+    if final:
+        check_close(final, expected_final, harness.OUTPUT[case.dtype], "final_states")
+    for name, tensor in inputs.items():
+        if tensor:
+            tensor.check_unchanged(name)
+
+
+def check_large_strides(host, device: str) -> None:
+    """Batch rows, channels, then time steps further apart than 32 bits count elements."""
+    n, step = 40, 2**31 + 64
+    rng = np.random.default_rng(0)
+    x, y = (harness.sparse_rows(2, n, step) for _ in range(2))
+    x[...] = rng.standard_normal(x.shape)
+    views = {"batch rows": lambda t: t[:, None], "channels": lambda t: t[None], "time steps": lambda t: t.T[None]}
+    for what, view in views.items():
+        at = view(x)
+        weight, initial = rng.standard_normal((at.shape[1], 3)).astype(np.float32), np.zeros((at.shape[1], 2))
+        y[...] = np.nan
+        host.causal_conv1d(at, weight, None, None, None, True, None, view(y), None)
+        expected = np.stack([expected_conv(row, weight, np.zeros(len(row)), True, initial)[0] for row in at.astype(np.float64)])
+        error = np.linalg.norm(view(y) - expected) / np.linalg.norm(expected)
+        assert error <= harness.OUTPUT["fp16"] * 1.5, f"relative error {error:.2e} with {what} 2^31 + 64 elements apart"
