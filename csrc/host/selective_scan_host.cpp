@@ -1,0 +1,73 @@
+// selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
+// The caller owns out and last_state, which is contiguous.
+#include "host/host.h"
+#include "selective_scan/selective_scan.h"
+
+namespace cobra::host {
+namespace {
+
+void forward(const py::array& u, const py::array& delta, const py::array& A, const py::array& B, const py::array& C, const OptionalArray& D,
+             const OptionalArray& z, const OptionalArray& delta_bias, bool delta_softplus, const OptionalArray& initial_state,
+             const OptionalArray& cu_seqlens, const py::array& out, const py::array& last_state) {
+  SelectiveScanFwdParams p{};
+  p.batch = u.shape(0);
+  p.dim = u.shape(1);
+  p.seqlen = u.shape(2);
+  p.dstate = A.shape(1);
+  p.delta_softplus = delta_softplus;
+  const auto set = [](const py::array& t, const char* name, const void*& data, DType& dtype) {
+    data = pointer(t);
+    dtype = dtype_of(t, name);
+  };
+  const auto sequence_stride = [](const py::array& t, const char* name) -> SequenceStride {
+    return {stride_of(t, 0, name), stride_of(t, 1, name), stride_of(t, 2, name)};
+  };
+  set(u, "u", p.u, p.u_dtype);
+  p.u_stride = sequence_stride(u, "u");
+  set(delta, "delta", p.delta, p.delta_dtype);
+  p.delta_stride = sequence_stride(delta, "delta");
+  if (z) {
+    set(*z, "z", p.z, p.z_dtype);
+    p.z_stride = sequence_stride(*z, "z");
+  }
+  set(A, "A", p.A, p.A_dtype);
+  p.A_stride = {0, stride_of(A, 0, "A"), stride_of(A, 1, "A")};
+  const auto set_projection = [&](const py::array& t, const char* name, const void*& data, DType& dtype, ProjectionStride& stride, bool& constant) {
+    set(t, name, data, dtype);
+    const auto s = [&](py::ssize_t axis) { return stride_of(t, axis, name); };
+    constant = t.ndim() == 2;
+    stride = constant        ? ProjectionStride{0, s(0), s(1), 0, 1}
+             : t.ndim() == 3 ? ProjectionStride{s(0), 0, s(1), s(2), 1}
+                             : ProjectionStride{s(0), s(1), s(2), s(3), t.shape(1)};
+  };
+  set_projection(B, "B", p.B, p.B_dtype, p.B_stride, p.B_constant);
+  set_projection(C, "C", p.C, p.C_dtype, p.C_stride, p.C_constant);
+  if (D) {
+    set(*D, "D", p.D, p.D_dtype);
+    p.D_stride = stride_of(*D, 0, "D");
+  }
+  if (delta_bias) {
+    set(*delta_bias, "delta_bias", p.delta_bias, p.delta_bias_dtype);
+    p.delta_bias_stride = stride_of(*delta_bias, 0, "delta_bias");
+  }
+  if (initial_state) {
+    set(*initial_state, "initial_state", p.initial_state, p.initial_state_dtype);
+    const auto s = [&](py::ssize_t axis) { return stride_of(*initial_state, axis, "initial_state"); };
+    p.initial_state_stride = {s(0), s(1), s(2)};
+  }
+  if (cu_seqlens) {
+    p.num_seqs = cu_seqlens->shape(0) - 1;
+    set(*cu_seqlens, "cu_seqlens", p.cu_seqlens, p.cu_seqlens_dtype);
+    p.cu_seqlens_stride = stride_of(*cu_seqlens, 0, "cu_seqlens");
+  }
+  p.out = pointer(out);
+  p.out_stride = sequence_stride(out, "out");
+  p.last_state = pointer(last_state);
+  const py::gil_scoped_release unlocked;
+  selective_scan_fwd_cpu(p, parallel());
+}
+
+const Room room([](py::module_& m) { m.def("selective_scan", &forward); });
+
+}  // namespace
+}  // namespace cobra::host
