@@ -296,7 +296,7 @@ COBRA_INLINE Vec<double> exp(Vec<double> x) { return each_lane(x, [](double v) {
 COBRA_INLINE Vec<double> log1p_unit(Vec<double> z) { return each_lane(z, [](double v) { return std::log1p(v); }); }
 
 // 2^x for a loop that takes many: 2^x = 2^n 2^(k/kWidth) 2^f with one table of kWidth powers kept in a register, which
-// leaves |f| <= 1/(2 kWidth) and a cubic. Fewer operations than exp2 and as accurate: 1.3e-7, and where x is near 0
+// leaves |f| <= 1/(2 kWidth) and a cubic. Fewer operations than exp2, relative error 1.6e-7, and where x is near 0
 // the error is in proportion to x, as slow decays need. The argument is x * kScale. Limits and NaN as exp2 for finite x.
 template <class T>
 struct DecayExp2 {  // no table without a lane permutation: fp64 and the portable level
@@ -329,8 +329,9 @@ struct DecayExp2<float> {
   }
 
   COBRA_INLINE Vec<float> operator()(Vec<float> x) const {
-    constexpr double c = 0.69314718055994531 / kScale;
-    const Vec<float> c1 = float(c), c2 = float(c * c / 2), c3 = float(c * c * c / 6);
+    // Taylor's cubic, its second coefficient moved so that the first term left out costs a sixth: t^2 - 0.828 h^2 t on [0, h^2].
+    constexpr double c = 0.69314718055994531 / kScale, h = c * kScale / (2 * kWidth);
+    const Vec<float> c1 = float(c), c2 = float(c * c * (0.5 + 0.8284 * h * h / 24)), c3 = float(c * c * c / 6);
 #if defined(__AVX512F__)
     const Vec<float> shifted = x + Vec<float>(786432.0f);  // 1.5 * 2^19: 16 n + k in the low bits
     const Vec<float> n = _mm512_roundscale_ps(x.v, 0x40);   // to a sixteenth
