@@ -52,22 +52,23 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
         for index, op in enumerate(names, 1):
             print(f"[{index}/{len(names)}] {op} ...", end="", flush=True)
             start = time.monotonic()
-            path = store.path_for(op, args.device, args.results)
-            last = store.latest(store.load(path))
             fresh = Path(folder) / f"{op}.jsonl"
             status, output = run_one(modules[op], ["--json", str(fresh), *passed_on], quiet=True)
             print(f" {time.monotonic() - start:.0f} s" + (f", exit {status}" if status else ""), flush=True)
             if status:
                 failures.append((op, status, output))
             found = store.load(fresh)
-            if found and not args.no_record:
-                store.append(found, path)
-            rows += [[op if i == 0 else "", *row] for i, row in enumerate(rows_of(found, last))]
+            for name in dict.fromkeys(r.op for r in found):  # a bench may hold two ops
+                path = store.path_for(name, args.device, args.results)
+                mine, last = [r for r in found if r.op == name], store.latest(store.load(path))
+                rows += rows_of(mine, last)
+                if not args.no_record:
+                    store.append(mine, path)
             notes += [f"{op}: {line}" for line in output.splitlines() if line.startswith(("left out:", "WRONG:"))]
     e = stamp(args.device)
     dirty = " + local changes" if e["dirty"] else ""
     title = f"{e['device']}, {e['threads']} threads, {e['cpu_level']}, torch {e['torch']}, commit {e['commit']}{dirty}"
-    print_table(title, [("bench", "<"), *COLUMNS], rows)
+    print_table(title, COLUMNS, rows)
     marked = sum(row[-1].endswith("*") for row in rows)
     if marked:
         print(f"* {marked} of {len(rows)} rows have outliers or a wide spread; each record says which in its note")

@@ -224,7 +224,10 @@ def test_rows_compare_with_the_last_record():
     old, new = a_record(), a_record()
     new.median = 2.0
     [row] = rows_of([new], {old.key: old})
-    assert "2.00x" in row and "50% copy" in row
+    assert row[0] == "rms_norm" and "2.00x" in row and "50% copy" in row
+    second = rows_of([new, a_record(dtype="bf16")], {})[1]
+    assert second[0] == "" and second[2] == "bf16"  # the op is said once
+    assert rows_of([new, a_record(op="other")], {})[1][:3] == ["other", "fwd", "fp32"]
     assert "-" in rows_of([new], {})[0]
 
 

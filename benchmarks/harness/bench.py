@@ -166,23 +166,26 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
         timing = timings[provider.name]
         timing.first_call = first_calls[provider.name]
         roof_seconds, fraction = roof.judge(timing, timings) if case.goal is None else (case.goal, case.goal / timing.median)
-        bench.records.append(
-            Record.of(
-                timing, op=op, mode=case.mode, dtype=case.dtype, shape=case.shape, dims=case.dims, bytes=case.cost.bytes,
-                flops=case.cost.flops, exps=case.cost.exps, roof=case.roof if case.goal is None else "goal",
-                roof_seconds=roof_seconds, fraction=fraction, environment=environment,
-            )
+        record = Record.of(
+            timing, op=op, mode=case.mode, dtype=case.dtype, shape=case.shape, dims=case.dims, bytes=case.cost.bytes,
+            flops=case.cost.flops, exps=case.cost.exps, roof=case.roof if case.goal is None else "goal",
+            roof_seconds=roof_seconds, fraction=fraction, environment=environment,
         )  # fmt: skip
+        if case.goal is None and fraction is not None and fraction > 1.1:
+            above = "above its roof: other work slowed the roof down, the fraction is no result"
+            record.note = f"{record.note}; {above}" if record.note else above
+        bench.records.append(record)
 
 
 def rows_of(records: Sequence[Record], last: dict[tuple, Record]) -> list[list[str]]:
-    rows, previous = [], None
+    rows, previous, op = [], None, None
     for r in records:
         head = [r.mode, r.dtype, r.title]
         old = last.get(r.key)
         rows.append(
             [
-                *(head if head != previous else [""] * 3),
+                r.op if r.op != op else "",
+                *(head if (op, head) != (r.op, previous) else [""] * len(head)),
                 r.provider,
                 seconds_text(r.median),
                 f"{seconds_text(r.p20)} .. {seconds_text(r.p80)}",
@@ -194,12 +197,12 @@ def rows_of(records: Sequence[Record], last: dict[tuple, Record]) -> list[list[s
                 r.cache + (" *" if r.note else ""),
             ]
         )
-        previous = head
+        previous, op = head, r.op
     return rows
 
 
 COLUMNS = [
-    ("mode", "<"), ("dtype", "<"), ("shape", "<"), ("provider", "<"), ("median", ">"), ("p20 .. p80", ">"),
+    ("op", "<"), ("mode", "<"), ("dtype", "<"), ("shape", "<"), ("provider", "<"), ("median", ">"), ("p20 .. p80", ">"),
     ("first call", ">"), ("bytes", ">"), ("GB/s", ">"), ("of roof", ">"), ("vs last", ">"), ("cache", "<"),
 ]  # fmt: skip
 
