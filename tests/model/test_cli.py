@@ -48,8 +48,10 @@ def answer(vlm, image, *turns):
 
 
 def program(*args, **kwargs):
+    """A running command line. A shell's background job ignores SIGINT and so would its children: undone here."""
     command = [sys.executable, "-m", "cobra", *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", **kwargs)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    return subprocess.Popen(command, **pipes, **kwargs, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 # --- help and errors --------------------------------------------------------------------------------------------------
