@@ -52,7 +52,7 @@ svg .line { fill: none; stroke-width: 2.5; } svg .line.s0 { stroke: var(--s0); }
 svg .mark.s0, svg .bar.s0 { fill: var(--s0); } svg .mark.s1, svg .bar.s1 { fill: var(--s1); }
 svg .band.s0 { fill: var(--s0); opacity: .18; } svg .band.s1 { fill: var(--s1); opacity: .18; }
 svg .bar.b { opacity: var(--a2); } svg .bar.c { opacity: var(--a3); } svg .inbar { font-size: 12px; fill: var(--ink); font-weight: 600; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.warn { border-left: 3px solid var(--s1); padding: 6px 12px; background: var(--card); margin-top: 16px; } .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 td small { font-size: .86em; } .groups th { text-align: center; border-bottom: 0; color: var(--fg); padding-bottom: 0; }
@@ -188,6 +188,19 @@ def card(title: str, values: dict[str, str], models: dict) -> str:
         f'<div><i class="{STYLE[n]}"></i><b>{escape(values[n])}</b><span>{escape(models[n]["short"])}</span></div>' for n in ORDER
     )
     return f'<div class="card"><h3>{escape(title)}</h3>{lines}</div>'
+
+
+def disturbance(r: dict) -> str | None:
+    """A warning when the rounds of this run disagree: figures of a busy machine are not to be quoted."""
+    spreads = [r["first"][n]["total"] for n in ORDER] + [d[n]["step"] for d in r["decode"] for n in ORDER]
+    worst = max((s["p80"] - s["p20"]) / s["median"] for s in spreads)
+    if worst <= 0.3:
+        return None
+    load = r["environment"]["load_average"][0]
+    return (
+        f"Other work shared this machine: rounds differ by up to {worst:.0%} (p20 to p80), load average {load} at the start. "
+        "Run it again on a quiet one before quoting a figure."
+    )
 
 
 def findings(r: dict) -> list[str]:
@@ -350,6 +363,7 @@ a comparison of speed and memory, not of answers.</p>
 <p class="soft">{escape(e["device"])}, {e["threads"]} threads, {escape(e["cpu_level"])} · torch {escape(e["torch"])} ·
 commit {escape(str(e["commit"]))}{dirty} · {escape(e["date"].replace("T", " ").replace("Z", " UTC"))}</p>
 </div>{photo}</div>
+{f'<p class="warn">{escape(warning)}</p>' if (warning := disturbance(r)) else ""}
 <div class="cards">{"".join(cards)}</div>
 <ul>{"".join(f"<li>{escape(line)}</li>" for line in findings(r))}</ul>
 
@@ -439,7 +453,7 @@ def demo_pngs(r: dict, folder: Path) -> list[Path]:
 
     with plt.rc_context(style):
         lines(decode_series(r), "Decode speed against context length", "tokens per second", "decode")
-        lines(memory_series(r), "Memory of a conversation against its length", "state or KV cache", "memory", log_y=True)
+        lines(memory_series(r), "Memory of a conversation", "state or KV cache", "memory", log_y=True)
         bars = ttft_bars(r)
         figure, axes = plt.subplots(figsize=(8.6, 4.4))
         longest = max(sum(v for _, v, _ in bar.segments) for bar in bars)

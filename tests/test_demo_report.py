@@ -142,6 +142,13 @@ def test_sentences_follow_the_numbers():
     assert "the same as the Transformer" in report.findings(swapped)[0]
 
 
+def test_a_disturbed_run_says_so(html):
+    assert report.disturbance(CANNED) is None and 'class="warn"' not in html
+    noisy = copy.deepcopy(CANNED)
+    noisy["decode"][1]["llava"]["step"]["p80"] *= 1.5
+    assert "differ by up to" in report.disturbance(noisy) and 'class="warn"' in report.demo_page(noisy)
+
+
 def test_canned_results_survive_json():
     again = json.loads(json.dumps(CANNED, allow_nan=False))
     assert report.demo_page(again) == report.demo_page(CANNED)

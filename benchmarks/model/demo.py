@@ -423,7 +423,8 @@ def print_summary(r: dict) -> None:
     print()
     print_table("medians", [("", "<"), *((models[n]["label"], ">") for n in ORDER)], rows)
     print()
-    for line in report.findings(r):
+    warning = report.disturbance(r)
+    for line in [*([warning] if warning else []), *report.findings(r)]:
         print(f"- {line}")
     print(f"- {report.caveats(r)[0]}")
     print()
