@@ -11,8 +11,8 @@
 
 namespace cobra::COBRA_LEVEL {
 
-// Time steps computed at once: weights and shared rows are read once for all of them.
-constexpr int kConvSteps = 4;
+// Time steps computed at once, as many as the registers hold: weights and shared rows are read once for all of them.
+constexpr int kConvSteps = kVecBytes == 64 ? 8 : 4;
 
 // n zeros on a cache line boundary: a vector that straddles two lines costs twice.
 template <class T>
