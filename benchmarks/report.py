@@ -462,7 +462,7 @@ def demo_pngs(r: dict, folder: Path) -> list[Path]:
             for label, value, cls in bar.segments:
                 series, part = cls.split()
                 axes.barh(row, value, left=x, height=0.62, color=colours[series], alpha={"a": 1.0, "b": 0.58, "c": 0.8}[part])
-                if value / longest > 0.14:
+                if value / longest > 0.02 + 0.0175 * len(label):  # it fits
                     axes.text(x + 0.012 * longest, row, label, va="center", color="white", fontsize=10.5, fontweight="bold")
                 x += value
             axes.text(x + 0.012 * longest, row, bar.end, va="center", fontweight="bold")
