@@ -8,6 +8,7 @@ contains them is not escaped, because no token separates the roles.)
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 from .errors import PromptError
@@ -38,7 +39,7 @@ class Prompt(str):
         return (self.segments,)
 
 
-class PromptBuilder:
+class PromptBuilder(ABC):
     """Turns of a conversation, human first, to a prompt. Subclasses say how a human turn is wrapped."""
 
     def __init__(self, system_prompt: str | None = None):
@@ -50,8 +51,9 @@ class PromptBuilder:
         self.prompt = Prompt()
         self.turn_count = 0
 
+    @abstractmethod
     def wrap_human(self, message: str) -> Prompt:
-        raise NotImplementedError
+        """A question, up to where the answer begins."""
 
     def wrap_gpt(self, message: str) -> Prompt:
         """An answer and its end; an empty answer is one space."""

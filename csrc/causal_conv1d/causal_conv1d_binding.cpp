@@ -9,14 +9,6 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d_fwd";
 
-// An index tensor next to x; its values are the caller's business, the kernel clamps them.
-DType index_dtype(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu(), kOp, ": ", name, " is on another device than x");
-  const DType dtype = dtype_of(t, kOp, name);
-  STD_TORCH_CHECK(dtype == DType::kInt32 || dtype == DType::kInt64, kOp, ": ", name, " is not int32 or int64");
-  return dtype;
-}
-
 CausalConv1dFwdParams::Stride strides(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 struct Forward {
@@ -38,24 +30,12 @@ struct Forward {
     p.x = x.const_data_ptr();
     p.x_dtype = dtype_of(x, kOp, "x");
     p.x_stride = strides(x);
-    expect_sizes(weight, {p.dim, p.width}, kOp, "weight");
-    expect_compute_dtype(weight, x, kOp, "weight");
-    p.weight = weight.const_data_ptr();
-    p.weight_dtype = dtype_of(weight, kOp, "weight");
-    p.weight_dim_stride = weight.stride(0);
-    p.weight_width_stride = weight.stride(1);
-    if (bias) {
-      expect_sizes(*bias, {p.dim}, kOp, "bias");
-      expect_compute_dtype(*bias, x, kOp, "bias");
-      p.bias = bias->const_data_ptr();
-      p.bias_dtype = dtype_of(*bias, kOp, "bias");
-      p.bias_stride = bias->stride(0);
-    }
+    set_filter(p, kOp, x, weight, bias);
     if (cu_seqlens) {
       STD_TORCH_CHECK(p.batch == 1, kOp, ": x has batch ", p.batch, ", expected 1 with cu_seqlens");
       STD_TORCH_CHECK(cu_seqlens->dim() == 1 && cu_seqlens->size(0) >= 1, kOp, ": cu_seqlens is not (num_seqs + 1,)");
       p.cu_seqlens = cu_seqlens->const_data_ptr();
-      p.cu_seqlens_dtype = index_dtype(*cu_seqlens, x, "cu_seqlens");
+      p.cu_seqlens_dtype = index_dtype(kOp, *cu_seqlens, x, "cu_seqlens");
       p.cu_seqlens_stride = cu_seqlens->stride(0);
       states = p.num_seqs = cu_seqlens->size(0) - 1;
     }
@@ -63,7 +43,7 @@ struct Forward {
       STD_TORCH_CHECK(!initial_states && !return_final_states && !cu_seqlens, kOp, ": seq_idx excludes states and cu_seqlens");
       expect_sizes(*seq_idx, {p.batch, p.seqlen}, kOp, "seq_idx");
       p.seq_idx = seq_idx->const_data_ptr();
-      p.seq_idx_dtype = index_dtype(*seq_idx, x, "seq_idx");
+      p.seq_idx_dtype = index_dtype(kOp, *seq_idx, x, "seq_idx");
       p.seq_idx_batch_stride = seq_idx->stride(0);
       p.seq_idx_stride = seq_idx->stride(1);
     }

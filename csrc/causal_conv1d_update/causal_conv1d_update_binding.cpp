@@ -10,13 +10,6 @@ namespace {
 
 constexpr const char* kOp = "causal_conv1d_update_fwd";
 
-DType index_dtype(const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu(), kOp, ": ", name, " is on another device than x");
-  const DType dtype = dtype_of(t, kOp, name);
-  STD_TORCH_CHECK(dtype == DType::kInt32 || dtype == DType::kInt64, kOp, ": ", name, " is not int32 or int64");
-  return dtype;
-}
-
 // Every row within the pool and used at most once; read before anything is written.
 void check_indices(const CausalConv1dUpdateParams& p) {
   std::vector<int64_t> rows;
@@ -54,30 +47,18 @@ struct Update {
     p.x = x.const_data_ptr();
     p.x_dtype = dtype_of(x, kOp, "x");
     p.x_stride = {x.stride(0), x.stride(1), x.dim() == 3 ? x.stride(2) : 0};
-    expect_sizes(weight, {p.dim, p.width}, kOp, "weight");
-    expect_compute_dtype(weight, x, kOp, "weight");
-    p.weight = weight.const_data_ptr();
-    p.weight_dtype = dtype_of(weight, kOp, "weight");
-    p.weight_dim_stride = weight.stride(0);
-    p.weight_width_stride = weight.stride(1);
-    if (bias) {
-      expect_sizes(*bias, {p.dim}, kOp, "bias");
-      expect_compute_dtype(*bias, x, kOp, "bias");
-      p.bias = bias->const_data_ptr();
-      p.bias_dtype = dtype_of(*bias, kOp, "bias");
-      p.bias_stride = bias->stride(0);
-    }
+    set_filter(p, kOp, x, weight, bias);
     if (cache_seqlens) {
       STD_TORCH_CHECK(p.steps <= p.state_len, kOp, ": x has ", p.steps, " steps, expected at most state_len ", p.state_len);
       expect_sizes(*cache_seqlens, {p.batch}, kOp, "cache_seqlens");
       p.cache_seqlens = cache_seqlens->const_data_ptr();
-      p.cache_seqlens_dtype = index_dtype(*cache_seqlens, x, "cache_seqlens");
+      p.cache_seqlens_dtype = index_dtype(kOp, *cache_seqlens, x, "cache_seqlens");
       p.cache_seqlens_stride = cache_seqlens->stride(0);
     }
     if (indices) {
       expect_sizes(*indices, {p.batch}, kOp, "conv_state_indices");
       p.indices = indices->const_data_ptr();
-      p.indices_dtype = index_dtype(*indices, x, "conv_state_indices");
+      p.indices_dtype = index_dtype(kOp, *indices, x, "conv_state_indices");
       p.indices_stride = indices->stride(0);
       if (indices->is_cpu()) check_indices(p);
     }

@@ -61,6 +61,31 @@ inline void expect_compute_dtype(const Tensor& t, const Tensor& first, const cha
   STD_TORCH_CHECK(t.is_cpu() == first.is_cpu(), op, ": ", name, " is on another device than the first argument");
 }
 
+// An index tensor: int32 or int64, on the device of x. Its values are not read here.
+inline DType index_dtype(const char* op, const Tensor& t, const Tensor& x, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu(), op, ": ", name, " is on another device than x");
+  const DType dtype = dtype_of(t, op, name);
+  STD_TORCH_CHECK(dtype == DType::kInt32 || dtype == DType::kInt64, op, ": ", name, " is not int32 or int64");
+  return dtype;
+}
+
+// weight (dim, width) and bias (dim,) of the convolution rooms; p.dim and p.width are set before.
+template <class Params>
+void set_filter(Params& p, const char* op, const Tensor& x, const Tensor& weight, const OptionalTensor& bias) {
+  expect_sizes(weight, {p.dim, p.width}, op, "weight");
+  expect_compute_dtype(weight, x, op, "weight");
+  p.weight = weight.const_data_ptr();
+  p.weight_dtype = dtype_of(weight, op, "weight");
+  p.weight_dim_stride = weight.stride(0);
+  p.weight_width_stride = weight.stride(1);
+  if (!bias) return;
+  expect_sizes(*bias, {p.dim}, op, "bias");
+  expect_compute_dtype(*bias, x, op, "bias");
+  p.bias = bias->const_data_ptr();
+  p.bias_dtype = dtype_of(*bias, op, "bias");
+  p.bias_stride = bias->stride(0);
+}
+
 // torch.empty_like(t, dtype=dtype): keeps the layout.
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   using torch::stable::detail::from;
