@@ -555,3 +555,13 @@ def test_compile_fullgraph():
         assert cobra_kernels.call_counts()["causal_conv1d", "cpu"] >= 1  # the compiled graph calls the kernel
     for got, want in zip(torch.autograd.grad(out, leaves), torch.autograd.grad(f(*leaves), leaves)):
         assert_close(got, want, 1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
+def test_filters_of_any_layout(backend, width):
+    """A transposed, an every-second and an expanded weight, a strided bias: read in place, the same bits."""
+    x, bias = torch.randn(2, 7, 12), torch.randn(14)[::2]
+    for weight in (torch.randn(width, 7).t(), torch.randn(14, 2 * width)[::2, ::2], torch.randn(1, width).expand(7, width)):
+        plain = causal_conv1d(x, weight.contiguous(), bias.contiguous(), backend=backend)
+        assert torch.equal(causal_conv1d(x, weight, bias, backend=backend), plain)

@@ -384,3 +384,13 @@ def test_compile_fullgraph():
     for _ in range(3):
         want = f(kwargs["x"], states[1], kwargs["weight"], kwargs["bias"])
     assert torch.equal(got, want) and torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
+def test_filters_of_any_layout(backend, width):
+    """A transposed, an every-second and an expanded weight, a strided bias: read in place, the same bits."""
+    x, state, bias = torch.randn(2, 7), torch.randn(2, 7, width), torch.randn(14)[::2]
+    for weight in (torch.randn(width, 7).t(), torch.randn(14, 2 * width)[::2, ::2], torch.randn(1, width).expand(7, width)):
+        plain = causal_conv1d_update(x, state.clone(), weight.contiguous(), bias.contiguous(), backend=backend)
+        assert torch.equal(causal_conv1d_update(x, state.clone(), weight, bias, backend=backend), plain)
