@@ -1,6 +1,6 @@
 // selective_scan on a CPU. A lane is a channel: one vector carries 4, 8 or 16 channels, and the recurrence over time runs
 // in registers, a few states at a time. A work item is one sequence and one block of channels of one group; it walks the
-// sequence in tiles of kSteps steps, staged through L1 so that memory is read in wide rows whatever the layout. All
+// sequence tile by tile, staged through L1 so that memory is read in wide rows whatever the layout. All
 // arithmetic is per channel in a fixed order, so neither tiles, blocks, batch rows nor threads change a bit of the result.
 #include "common/cpu_level.h"
 #include "common/vec.h"
@@ -18,9 +18,13 @@ COBRA_DECLARE_LEVELS(selective_scan_fwd, SelectiveScanFwdParams)
 namespace cobra::COBRA_LEVEL {
 namespace {
 
-constexpr int64_t kSteps = 32;               // of a tile
-constexpr int64_t kChunkSteps = kSteps + 1;  // between chunks of a staged tile, so that they do not share cache sets
-constexpr int64_t kBlockChannels = 256;      // of a block: channel-last rows of 1 KB, so that page walks are few
+// What is staged at once. Tiles are padded by a step, so that chunks do not share cache sets.
+struct Tile {
+  int64_t channels, steps;
+  int64_t chunk_steps() const { return steps + 1; }
+};
+constexpr Tile kChannelLast = {128, 96};   // rows of 512 bytes; longer walks keep states in registers longer
+constexpr Tile kChannelFirst = {256, 32};  // rows of two lines, prefetched: more would leave L1 before they are used
 
 // --- staging: a strided matrix in memory <-> chunks of vectors ------------------------------------------------------
 // A staged matrix (lanes, steps) is [lane / kWidth][step][lane % kWidth], `chunk_steps` steps apart from chunk to chunk.
@@ -211,9 +215,9 @@ COBRA_INLINE void scan_states(T* y, T* h, const T* dt, const T* dtu, const T* ra
 
 // All states of one chunk. B and C are chunks of states (staged with lane = state) or, when constant, like `rate`.
 template <class T, bool kConstantB, bool kConstantC>
-void scan_chunk(T* y, T* h, const T* dt, const T* dtu, const T* rate, const T* B, const T* C, int64_t dstate, int64_t steps) {
+void scan_chunk(T* y, T* h, const T* dt, const T* dtu, const T* rate, const T* B, const T* C, int64_t dstate, int64_t steps, int64_t chunk_steps) {
   constexpr int W = Vec<T>::kWidth, S = W == 16 ? 8 : std::min(W, 4);  // what the registers hold
-  const auto at = [](const T* p, bool constant, int64_t n) { return constant ? p + n * W : p + n / W * kChunkSteps * W + n % W; };
+  const auto at = [=](const T* p, bool constant, int64_t n) { return constant ? p + n * W : p + n / W * chunk_steps * W + n % W; };
   int64_t n = 0;
   for (; n + S <= dstate; n += S)
     scan_states<T, S, kConstantB, kConstantC>(y, h + n * W, dt, dtu, rate + n * W, at(B, kConstantB, n), at(C, kConstantC, n), steps);
@@ -244,12 +248,14 @@ class BlockScan {
   static constexpr int W = Vec<T>::kWidth;
 
  public:
-  BlockScan(const SelectiveScanFwdParams& p, int64_t block)
+  BlockScan(const SelectiveScanFwdParams& p, Tile tile)
       : p_(p),
-        tile_(block * kChunkSteps),
-        per_channel_(block * p.dstate),
-        per_step_((p.dstate + W - 1) / W * W * kChunkSteps),
-        scratch_(3 * tile_ + 2 * per_channel_ + 2 * block + size_of_projection(p.B_constant) + size_of_projection(p.C_constant)) {
+        steps_(tile.steps),
+        chunk_steps_(tile.chunk_steps()),
+        tile_(tile.channels * chunk_steps_),
+        per_channel_(tile.channels * p.dstate),
+        per_step_((p.dstate + W - 1) / W * W * chunk_steps_),
+        scratch_(3 * tile_ + 2 * per_channel_ + 2 * tile.channels + size_of_projection(p.B_constant) + size_of_projection(p.C_constant)) {
     dt_ = scratch_.take(tile_);
     dtu_ = scratch_.take(tile_);
     y_ = scratch_.take(tile_);
@@ -257,8 +263,8 @@ class BlockScan {
     h_ = scratch_.take(per_channel_);
     B_ = scratch_.take(size_of_projection(p.B_constant));
     C_ = scratch_.take(size_of_projection(p.C_constant));
-    D_ = scratch_.take(block);
-    bias_ = scratch_.take(block);
+    D_ = scratch_.take(tile.channels);
+    bias_ = scratch_.take(tile.channels);
     chunk_ = p.B_constant ? (p.C_constant ? scan_chunk<T, true, true> : scan_chunk<T, true, false>)
                           : (p.C_constant ? scan_chunk<T, false, true> : scan_chunk<T, false, false>);
   }
@@ -284,9 +290,9 @@ class BlockScan {
     } else {
       std::fill_n(h_, per_channel_, T(0));
     }
-    for (int64_t t = begin; t < end; t += kSteps) {
-      const int64_t steps = std::min(kSteps, end - t);
-      run_tile(row, t, steps, std::min(kSteps, end - t - steps));
+    for (int64_t t = begin; t < end; t += steps_) {
+      const int64_t steps = std::min(steps_, end - t);
+      run_tile(row, t, steps, std::min(steps_, end - t - steps));
     }
     const DType compute = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
     store_tile(state_of(p_.last_state, compute, {p_.dim * p_.dstate, p_.dstate, 1}, state_row), h_, p_.dstate, channels_, p_.dstate);
@@ -295,7 +301,7 @@ class BlockScan {
   // out = 0 over the padding after the last packed sequence.
   void clear(int64_t begin, int64_t end) {
     std::fill_n(y_, tile_, T(0));
-    for (int64_t t = begin; t < end; t += kSteps) store_tile(out(0, t), y_, kChunkSteps, channels_, std::min(kSteps, end - t));
+    for (int64_t t = begin; t < end; t += steps_) store_tile(out(0, t), y_, chunk_steps_, channels_, std::min(steps_, end - t));
   }
 
  private:
@@ -309,7 +315,7 @@ class BlockScan {
     load_tile(dst, p_.dstate, {const_cast<void*>(data), dtype, channel_ * s.group, s.group, s.state}, channels_, p_.dstate);
   }
   void load_variable(T* dst, const void* data, DType dtype, const ProjectionStride& s, int64_t row, int64_t t, int64_t steps) {
-    load_tile(dst, kChunkSteps, {const_cast<void*>(data), dtype, row * s.batch + channel_ / (p_.dim / s.groups) * s.group + t * s.seq, s.state, s.seq}, p_.dstate, steps);
+    load_tile(dst, chunk_steps_, {const_cast<void*>(data), dtype, row * s.batch + channel_ / (p_.dim / s.groups) * s.group + t * s.seq, s.state, s.seq}, p_.dstate, steps);
   }
   Matrix sequence(const void* data, DType dtype, const SequenceStride& s, int64_t row, int64_t t) const {
     return {const_cast<void*>(data), dtype, row * s.batch + channel_ * s.dim + t * s.seq, s.dim, s.seq};
@@ -321,12 +327,12 @@ class BlockScan {
 
   // Steps [t, t + steps); the `ahead` steps after them are prefetched.
   void run_tile(int64_t row, int64_t t, int64_t steps, int64_t ahead) {
-    load_tile(dt_, kChunkSteps, delta(row, t), channels_, steps);
-    load_tile(dtu_, kChunkSteps, u(row, t), channels_, steps);
+    load_tile(dt_, chunk_steps_, delta(row, t), channels_, steps);
+    load_tile(dtu_, chunk_steps_, u(row, t), channels_, steps);
     if (!p_.B_constant) load_variable(B_, p_.B, p_.B_dtype, p_.B_stride, row, t, steps);
     if (!p_.C_constant) load_variable(C_, p_.C, p_.C_dtype, p_.C_stride, row, t, steps);
     for (int64_t c = 0; c * W < channels_; ++c) {
-      T *dt = dt_ + c * kChunkSteps * W, *dtu = dtu_ + c * kChunkSteps * W, *y = y_ + c * kChunkSteps * W;
+      T *dt = dt_ + c * chunk_steps_ * W, *dtu = dtu_ + c * chunk_steps_ * W, *y = y_ + c * chunk_steps_ * W;
       prefetch_chunk<T, false>(delta(row, t + steps), c, channels_, ahead);
       prefetch_chunk<T, false>(u(row, t + steps), c, channels_, ahead);
       if (p_.z) prefetch_chunk<T, false>(z(row, t + steps), c, channels_, ahead);
@@ -341,23 +347,23 @@ class BlockScan {
         store(y + i, p_.D ? skip * u : Vec<T>(T(0)));  // 0 * inf is no skip
       }
       const int64_t first = c * p_.dstate * W;  // of this chunk in what is kept per channel
-      chunk_(y, h_ + first, dt, dtu, rate_ + first, p_.B_constant ? B_ + first : B_, p_.C_constant ? C_ + first : C_, p_.dstate, steps);
+      chunk_(y, h_ + first, dt, dtu, rate_ + first, p_.B_constant ? B_ + first : B_, p_.C_constant ? C_ + first : C_, p_.dstate, steps, chunk_steps_);
     }
     if (p_.z) {
-      load_tile(dt_, kChunkSteps, z(row, t), channels_, steps);
+      load_tile(dt_, chunk_steps_, z(row, t), channels_, steps);
       for (int64_t c = 0; c * W < channels_; ++c)
-        for (int64_t i = c * kChunkSteps * W; i < (c * kChunkSteps + steps) * W; i += W) store(y_ + i, load(y_ + i) * silu(load(dt_ + i)));
+        for (int64_t i = c * chunk_steps_ * W; i < (c * chunk_steps_ + steps) * W; i += W) store(y_ + i, load(y_ + i) * silu(load(dt_ + i)));
     }
-    store_tile(out(row, t), y_, kChunkSteps, channels_, steps);
+    store_tile(out(row, t), y_, chunk_steps_, channels_, steps);
   }
 
   const SelectiveScanFwdParams& p_;
-  const int64_t tile_, per_channel_, per_step_;
+  const int64_t steps_, chunk_steps_, tile_, per_channel_, per_step_;
   Scratch<T> scratch_;
   T *dt_, *dtu_, *y_;      // a tile each: dt (later z), dt * u, y
   T *rate_, *h_;           // per channel and state: A in the units of DecayExp2, and the state
   T *B_, *C_, *D_, *bias_;
-  void (*chunk_)(T*, T*, const T*, const T*, const T*, const T*, const T*, int64_t, int64_t);
+  void (*chunk_)(T*, T*, const T*, const T*, const T*, const T*, const T*, int64_t, int64_t, int64_t);
   int64_t channel_ = 0, channels_ = 0;
 };
 
@@ -375,7 +381,9 @@ void fwd(const SelectiveScanFwdParams& p, const Parallel& parallel) {
   // Runs of channels that read one group of B and one of C are cut into blocks. Small problems get narrow blocks, so that
   // there is something to share out.
   const int64_t run = std::gcd(p.dim / p.B_stride.groups, p.dim / p.C_stride.groups), runs = p.dim / run;
-  int64_t block = std::min(kBlockChannels, (run + W - 1) / W * W);
+  Tile tile = p.u_stride.dim == 1 ? kChannelLast : kChannelFirst;
+  int64_t& block = tile.channels;
+  block = std::min(block, (run + W - 1) / W * W);
   while (block > W && rows * runs * ((run + block - 1) / block) < 16) block = (block / 2 + W - 1) / W * W;
   const int64_t run_blocks = (run + block - 1) / block;
 
@@ -385,7 +393,7 @@ void fwd(const SelectiveScanFwdParams& p, const Parallel& parallel) {
   const int64_t item_work = block * p.dstate * (p.batch * p.seqlen / std::max<int64_t>(rows, 1) + 1);
   const int64_t grain = std::max<int64_t>(1, (int64_t(1) << 18) / item_work);
   parallel(0, runs * run_blocks * block_items, grain, [&](int64_t first, int64_t last) {
-    BlockScan<T> scan(p, block);
+    BlockScan<T> scan(p, tile);
     for (int64_t item = first, loaded = -1; item < last; ++item) {
       const int64_t row = item % block_items, at = item / block_items;
       if (at != loaded) {
