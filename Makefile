@@ -44,8 +44,8 @@ sanitize: setup  ## CPU and CUDA kernels on a CPU under ASan, UBSan and TSan
 	$(PY) csrc/build.py asan tsan
 	$(PY) tests/simt/run_sanitized.py
 
-nvcc-check: setup  ## every CUDA kernel for every architecture: registers, shared memory, zero spills
-	$(PY) csrc/build.py nvcc-check
+nvcc-check: setup  ## every CUDA kernel for every architecture against csrc/nvcc_table.tsv; zero spills [UPDATE=1] [ARCHS="80 90a"]
+	@ARCHS="$(ARCHS)" UPDATE="$(UPDATE)" $(PY) csrc/build.py nvcc-check
 
 wheel: setup  ## dist/*.whl (all GPU images) and the sdists of both distributions
 	TORCH_CUDA_ARCH_LIST="$(ALL_ARCHS)" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .

@@ -3,7 +3,7 @@
     python csrc/build.py ext          the torch extension cobra_kernels/_C.abi3.so, in place
     python csrc/build.py host         the module cobra_kernels_host: CPU kernels and emulated CUDA kernels, no torch
     python csrc/build.py asan|tsan    the same module under AddressSanitizer + UBSan, or ThreadSanitizer
-    python csrc/build.py nvcc-check   every .cu for every GPU image; a table of registers, shared memory and spills
+    python csrc/build.py nvcc-check   every .cu for every GPU image; registers, shared memory and stack against nvcc_table.tsv
 
 setup.py calls `build_extension` of this file; nothing else builds C++ or CUDA in this project. Objects live in one fixed
 folder per target (build/<target>/), so a rebuild compiles what changed and nothing else. Rooms are found by file name:
@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,6 +315,9 @@ def build_host(target: str) -> str:
 
 # --- nvcc-check -----------------------------------------------------------------------------------------------------
 
+TABLE = CSRC / "nvcc_table.tsv"
+HOW_TO_UPDATE = "make nvcc-check UPDATE=1 writes the new table; commit it with the change"
+
 
 def read_ptxas_log(text: str) -> dict[str, dict[str, int]]:
     """Mangled kernel name -> registers, shared, stack, spills (bytes), from the output of `ptxas -v`."""
@@ -334,42 +338,142 @@ def read_ptxas_log(text: str) -> dict[str, dict[str, int]]:
 def short_kernel_names(mangled: list[str]) -> dict[str, str]:
     """Readable kernel names, without namespaces and arguments."""
     found = subprocess.run(["c++filt", "-p", *mangled], capture_output=True, text=True, check=True).stdout.splitlines()
-    drop = re.compile(r"\(anonymous namespace\)::|cobra::|void |\(int\)|\(bool\)")
+    drop = re.compile(r"\(anonymous namespace\)::|cobra::|void |\((?:int|bool)\)")
     return {name: drop.sub("", readable) for name, readable in zip(mangled, found)}
 
 
-def nvcc_check(archs: list[str] | None = None) -> str:
-    """Compiles every .cu for every architecture and fails on a spill or a missing figure."""
-    nvcc = find_nvcc()
-    if nvcc is None:
-        raise BuildError("nvcc-check: nvcc not found in $CUDA_HOME/bin or on PATH")
-    archs = archs or ALL_ARCHS
-    sources = sorted(CSRC.glob("**/*.cu"))
+def nvcc_version(nvcc: str) -> str:
+    """Such as "13.0.88": registers are compared only between equal compilers."""
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"V(\d+\.\d+\.\d+)", text)[1]
+
+
+# (source, kernel) -> architecture -> registers, shared, stack, spills
+Figures = dict[tuple[str, str], dict[str, dict[str, int]]]
+COLUMNS = ("registers", "shared", "stack")
+
+
+def cubins(nvcc: str, archs: list[str], sources: list[Path]) -> dict[tuple[Path, str], Path]:
+    """Every source for every architecture, machine code only; beside each x.o lies x.o.log, what ptxas said of it."""
     ninja = Ninja("nvcc-check")
-    objects: dict[tuple[Path, str], Path] = {}
+    objects = {}
     for source in sources:
         for arch in archs:
             flags = [*NVCC_FLAGS, "-cubin", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-Xptxas", "-v", f"-I{CSRC}"]
             objects[source, arch] = ninja.compile(source, nvcc, flags, suffix=f"sm_{arch}", keep_log=True)
     ninja.run()
+    return objects
 
-    print(f"{'registers per thread':<58} " + " ".join(f"{'sm_' + a:>6}" for a in archs) + "  shared  stack  spills  (bytes, worst image)")
-    count, failures = 0, []
+
+def measure_kernels(nvcc: str, archs: list[str]) -> Figures:
+    """Compiles what changed and reads the figures of every kernel."""
+    sources = sorted(CSRC.glob("**/*.cu"))
+    objects = cubins(nvcc, archs, sources)
+    figures: Figures = {}
     for source in sources:
         per_arch = {arch: read_ptxas_log(Path(f"{objects[source, arch]}.log").read_text()) for arch in archs}
-        names = list(per_arch[archs[0]])
-        if not names or any(set(per_arch[arch]) != set(names) for arch in archs):
-            raise BuildError(f"nvcc-check: {source.relative_to(ROOT)} has no kernel, or not the same ones for every image")
-        print(f"{source.relative_to(CSRC)}")
-        for name, short in sorted(short_kernel_names(names).items(), key=lambda item: item[1]):
-            worst = {key: max(per_arch[arch][name][key] for arch in archs) for key in ("shared", "stack", "spills")}
-            registers = " ".join(f"{per_arch[arch][name]['registers']:>6}" for arch in archs)
-            print(f"  {short:<56} {registers}  {worst['shared']:>6}  {worst['stack']:>5}  {worst['spills']:>6}")
-            count += 1
-            failures += [f"{short} (sm_{arch})" for arch in archs if per_arch[arch][name]["spills"]]
+        names = sorted({name for kernels in per_arch.values() for name in kernels})
+        if not names:
+            raise BuildError(f"nvcc-check: {source.relative_to(ROOT)} has no kernel")
+        relative = str(source.relative_to(CSRC))
+        for name, short in short_kernel_names(names).items():
+            figures[relative, short] = {arch: per_arch[arch][name] for arch in archs if name in per_arch[arch]}
+    return figures
+
+
+def write_table(figures: Figures, version: str, path: Path) -> None:
+    """One line per kernel; a cell is registers/shared/stack, "-" where the image has no such kernel."""
+    lines = [f"# nvcc {version}; cells: registers per thread / bytes of static shared memory / bytes of stack. {HOW_TO_UPDATE}."]
+    lines.append("\t".join(["source", "kernel", *(f"sm_{arch}" for arch in ALL_ARCHS)]))
+    for (source, kernel), per_arch in sorted(figures.items()):
+        cells = ("/".join(str(per_arch[arch][key]) for key in COLUMNS) if arch in per_arch else "-" for arch in ALL_ARCHS)
+        lines.append("\t".join([source, kernel, *cells]))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def read_table(path: Path) -> tuple[str, Figures]:
+    """(nvcc version, figures) of a committed table; no version and no figures when there is none."""
+    if not path.exists():
+        return "", {}
+    first, heads, *lines = path.read_text().splitlines()
+    version = re.match(r"# nvcc ([\d.]+);", first)
+    archs = [head.removeprefix("sm_") for head in heads.split("\t")[2:]]
+    figures: Figures = {}
+    for line in lines:
+        source, kernel, *cells = line.split("\t")
+        values = {arch: map(int, cell.split("/")) for arch, cell in zip(archs, cells, strict=True) if cell != "-"}
+        figures[source, kernel] = {arch: dict(zip(COLUMNS, numbers, strict=True)) for arch, numbers in values.items()}
+    return version[1] if version else "", figures
+
+
+def compare_figures(now: Figures, committed: Figures, archs: list[str], same_compiler: bool = True) -> tuple[list[str], list[str]]:
+    """(failures, remarks). Spills always fail. More registers, shared memory or stack than committed fail under the same
+    compiler and are remarks under another; kernels that are not in the table, or only there, fail."""
+    failures, remarks = [], []
+    for key in sorted(now.keys() | committed.keys()):
+        label = f"{key[0]}: {key[1]}"
+        if key not in now:
+            failures.append(f"{label} is in the table but no longer in the source")
+            continue
+        for arch, figures in now[key].items():
+            if figures["spills"]:
+                failures.append(f"{label} spills {figures['spills']} bytes (sm_{arch})")
+        if key not in committed:
+            failures.append(f"{label} is not in the table")
+            continue
+        for arch in archs:
+            new, old = now[key].get(arch), committed[key].get(arch)
+            if new is None or old is None:
+                if new is not old:
+                    failures.append(f"{label} is {'not' if old is None else 'only'} in the table for sm_{arch}")
+                continue
+            for what in COLUMNS:
+                if new[what] > old[what]:
+                    (failures if same_compiler else remarks).append(f"{label} (sm_{arch}): {what} {old[what]} -> {new[what]}")
+                elif new[what] < old[what]:
+                    remarks.append(f"{label} (sm_{arch}): {what} {old[what]} -> {new[what]}, fewer than in the table")
+    return failures, remarks
+
+
+def print_figures(figures: Figures, archs: list[str]) -> None:
+    print(f"{'registers per thread':<58} " + " ".join(f"{'sm_' + a:>6}" for a in archs) + "  shared  stack  spills  (bytes, worst image)")
+    previous = None
+    for (source, kernel), per_arch in sorted(figures.items()):
+        if source != previous:
+            print(source)
+            previous = source
+        worst = {key: max(image[key] for image in per_arch.values()) for key in ("shared", "stack", "spills")}
+        registers = " ".join(f"{per_arch[arch]['registers'] if arch in per_arch else '-':>6}" for arch in archs)
+        print(f"  {kernel:<56} {registers}  {worst['shared']:>6}  {worst['stack']:>5}  {worst['spills']:>6}")
+
+
+def nvcc_check() -> str:
+    """Compiles every .cu for every architecture ($ARCHS narrows them) and compares with the committed table. UPDATE=1 writes it."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise BuildError("nvcc-check: nvcc not found in $CUDA_HOME/bin or on PATH")
+    archs = os.environ.get("ARCHS", "").split() or ALL_ARCHS
+    unknown = [arch for arch in archs if arch not in ALL_ARCHS]
+    update = os.environ.get("UPDATE") == "1"
+    if unknown or update and archs != ALL_ARCHS:
+        raise BuildError(f"nvcc-check: ARCHS is {' '.join(archs)}, expected some of {' '.join(ALL_ARCHS)} (and all of them with UPDATE=1)")
+    start = time.monotonic()
+    figures, version = measure_kernels(nvcc, archs), nvcc_version(nvcc)
+    print_figures(figures, archs)
+    table_version, committed = read_table(TABLE)
+    if update:
+        table_version, committed = version, figures
+    failures, remarks = compare_figures(figures, committed, archs, version == table_version)
+    if version != table_version:
+        print(f"nvcc {version} here, {table_version or 'none'} in {TABLE.name}: only spills and missing kernels fail")
+    for remark in remarks:
+        print(f"  {remark}")
     if failures:
-        raise BuildError("nvcc-check: registers spilled in " + ", ".join(failures))
-    return f"nvcc-check: {count} kernels x {len(archs)} images, no spill"
+        raise BuildError("nvcc-check:\n  " + "\n  ".join(failures) + f"\n{HOW_TO_UPDATE}")
+    if update:
+        write_table(figures, version, TABLE)
+    seconds = time.monotonic() - start
+    return f"nvcc-check: {len(figures)} kernels x {len(archs)} images, no spill, as in {TABLE.relative_to(ROOT)}, {seconds:.0f} s"
 
 
 TARGETS = {

@@ -1,4 +1,4 @@
-"""nvcc-check reads every figure that ptxas prints, and refuses spills and silence."""
+"""nvcc-check reads every figure that ptxas prints, refuses spills and silence, and compares with the committed table."""
 
 from __future__ import annotations
 
@@ -50,3 +50,58 @@ def test_a_spill_is_seen(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kernels = build.read_ptxas_log(done.stdout + done.stderr)
     assert any(figures["spills"] for figures in kernels.values())
+
+
+def figures(registers=64, shared=128, stack=0, spills=0):
+    return {"registers": registers, "shared": shared, "stack": stack, "spills": spills}
+
+
+KERNEL = ("room/room_cuda.cu", "kernel<float>")
+
+
+def compare(now, committed, same_compiler=True):
+    return build.compare_figures({KERNEL: {"80": now}}, {KERNEL: {"80": committed}}, ["80"], same_compiler)
+
+
+def test_figures_as_committed_pass():
+    assert compare(figures(), figures()) == ([], [])
+
+
+@pytest.mark.parametrize("what", ["registers", "shared", "stack"])
+def test_a_regression_fails_and_a_gain_is_remarked(what):
+    more, less = figures(**{what: 256}), figures(**{what: 255})
+    failures, remarks = compare(more, less)
+    assert failures == [f"room/room_cuda.cu: kernel<float> (sm_80): {what} 255 -> 256"] and not remarks
+    failures, remarks = compare(less, more)
+    assert not failures and "fewer than in the table" in remarks[0]
+    assert compare(more, less, same_compiler=False) == ([], [f"room/room_cuda.cu: kernel<float> (sm_80): {what} 255 -> 256"])
+
+
+def test_a_spill_fails_under_any_compiler():
+    assert compare(figures(spills=8), figures(), same_compiler=False)[0] == ["room/room_cuda.cu: kernel<float> spills 8 bytes (sm_80)"]
+
+
+def test_kernels_and_table_must_be_the_same_set():
+    now = {KERNEL: {"80": figures(), "90a": figures()}}
+    assert "is not in the table" in build.compare_figures(now, {}, ["80"])[0][0]
+    assert "no longer in the source" in build.compare_figures({}, now, ["80"])[0][0]
+    assert "not in the table for sm_90a" in build.compare_figures(now, {KERNEL: {"80": figures()}}, ["80", "90a"])[0][0]
+    assert "only in the table for sm_90a" in build.compare_figures({KERNEL: {"80": figures()}}, now, ["80", "90a"])[0][0]
+    assert build.compare_figures({KERNEL: {"80": figures()}}, now, ["80"]) == ([], [])  # an image that was not asked for
+
+
+def test_the_table_comes_back_as_it_was_written(tmp_path):
+    everywhere = {arch: {"registers": 60 + i, "shared": 16 * i, "stack": 0} for i, arch in enumerate(build.ALL_ARCHS)}
+    written = {KERNEL: everywhere, (KERNEL[0], "hopper_kernel<4, true>"): {"90a": everywhere["90a"]}}
+    build.write_table(written, "13.0.88", tmp_path / "table.tsv")
+    assert build.read_table(tmp_path / "table.tsv") == ("13.0.88", written)
+    assert build.read_table(tmp_path / "absent.tsv") == ("", {})
+
+
+@pytest.mark.parametrize("environment, message", [({"ARCHS": "80 70"}, "expected some of"), ({"ARCHS": "80", "UPDATE": "1"}, "all of them with UPDATE")])
+def test_architectures_are_checked(environment, message, monkeypatch):
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(build.BuildError, match=message):
+        build.nvcc_check()
