@@ -45,24 +45,28 @@ def check_given(op: str, **tensors: torch.Tensor | None) -> None:
 
 def check_floats(op: str, first_name: str, first: torch.Tensor, **others: torch.Tensor | None) -> None:
     """Every other float tensor: any mix of fp32, bf16 and fp16, or all fp64; on the device of the first."""
-    dtype, device = first.dtype, first.device
     for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise DtypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor or None")
-        if tensor.dtype != dtype:
-            if tensor.dtype not in FLOATS:
-                raise DtypeError(f"{op}: {name} has dtype {name_of(tensor.dtype)}, expected float32, bfloat16, float16 or float64")
-            if tensor.dtype == torch.float64 or dtype == torch.float64:
-                raise DtypeError(
-                    f"{op}: {name} has dtype {name_of(tensor.dtype)}, {first_name} has {name_of(dtype)}; "
-                    f"float64 does not mix with other dtypes: convert one of them"
-                )
-        if tensor.layout is not torch.strided:
-            raise _layout_error(op, name, tensor)
-        if tensor.device != device:
-            raise DtypeError(f"{op}: {name} is on {tensor.device}, expected {device}; the device comes from {first_name}")
+        if tensor is not None:
+            check_float(op, first_name, first, name, tensor)
+
+
+def check_float(op: str, first_name: str, first: torch.Tensor, name: str, tensor: torch.Tensor) -> None:
+    """One tensor of check_floats."""
+    if not isinstance(tensor, torch.Tensor):
+        raise DtypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor or None")
+    dtype = tensor.dtype
+    if dtype != first.dtype:
+        if dtype not in FLOATS:
+            raise DtypeError(f"{op}: {name} has dtype {name_of(dtype)}, expected float32, bfloat16, float16 or float64")
+        if dtype == torch.float64 or first.dtype == torch.float64:
+            raise DtypeError(
+                f"{op}: {name} has dtype {name_of(dtype)}, {first_name} has {name_of(first.dtype)}; "
+                f"float64 does not mix with other dtypes: convert one of them"
+            )
+    if tensor.layout is not torch.strided:
+        raise _layout_error(op, name, tensor)
+    if tensor.device != first.device:
+        raise DtypeError(f"{op}: {name} is on {tensor.device}, expected {first.device}; the device comes from {first_name}")
 
 
 def check_index(op: str, name: str, tensor: torch.Tensor, first_name: str, first: torch.Tensor) -> None:

@@ -51,6 +51,10 @@ class BuildError(RuntimeError):
     """The build cannot start; the message says what is missing."""
 
 
+class NoCompiler(BuildError):
+    """There is no C++ compiler: the package works without its compiled kernels."""
+
+
 # --- tools ---------------------------------------------------------------------------------------------------------
 
 
@@ -124,7 +128,7 @@ class Ninja:
 
     def __init__(self, target: str) -> None:
         self.folder = ROOT / "build" / target
-        self.lines = ["ninja_required_version = 1.3", f"builddir = {self.folder}", ""]
+        self.lines = ["ninja_required_version = 1.3", f"builddir = {str(self.folder).replace('$', '$$')}", ""]
         self.rules: set[str] = set()
 
     def _rule(self, name: str, command: str, *, depfile: bool = True) -> None:
@@ -133,6 +137,11 @@ class Ninja:
         self.rules.add(name)
         self.lines += [f"rule {name}", f"  command = {command}", "  description = $what"]
         self.lines += ["  depfile = $out.d", "  deps = gcc", ""] if depfile else [""]
+
+    @staticmethod
+    def _path(path: Path) -> str:
+        """A path in a build line. In commands ninja quotes $in and $out itself."""
+        return re.sub(r"([$ :])", r"$\1", str(path))
 
     @staticmethod
     def _quote(words: list[str]) -> str:
@@ -148,14 +157,14 @@ class Ninja:
         relative = source.relative_to(CSRC)
         obj = self.folder / "obj" / relative.parent / f"{relative.name}{'.' + suffix if suffix else ''}.o"
         what = f"{relative} {suffix}".strip()
-        self.lines += [f"build {obj}: {rule} {source}", f"  flags = {self._quote(flags)}", f"  what = {what}", ""]
+        self.lines += [f"build {self._path(obj)}: {rule} {self._path(source)}", f"  flags = {self._quote(flags)}", f"  what = {what}", ""]
         return obj
 
     def link(self, output: Path, tool: str, objects: list[Path], flags: list[str]) -> None:
         """A shared object from `objects`."""
         self._rule("link", f"{tool} -shared -o $out $in $flags", depfile=False)
-        inputs = " ".join(str(o) for o in objects)
-        self.lines += [f"build {output}: link {inputs}", f"  flags = {self._quote(flags)}", f"  what = {output.name}", ""]
+        inputs = " ".join(self._path(o) for o in objects)
+        self.lines += [f"build {self._path(output)}: link {inputs}", f"  flags = {self._quote(flags)}", f"  what = {output.name}", ""]
 
     def run(self) -> None:
         """Writes build.ninja and compile_commands.json, then builds with at most MAX_JOBS processes."""
@@ -198,7 +207,7 @@ def build_extension(output: Path = EXTENSION) -> str:
 
     cxx, nvcc = find_cxx(), find_nvcc()
     if cxx is None:
-        raise BuildError("no C++ compiler found (g++, c++ or $CXX)")
+        raise NoCompiler("no C++ compiler found (g++, c++ or $CXX)")
     torch_version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if torch_version < (2, 11):
         raise BuildError(f"torch {torch.__version__} found, 2.11 or later is needed")
@@ -305,7 +314,7 @@ def build_host(target: str) -> str:
     """Builds cobra_kernels_host plain ("host") or under a sanitizer ("asan", "tsan")."""
     cxx = find_cxx()
     if cxx is None:
-        raise BuildError("no C++ compiler found (g++, c++ or $CXX)")
+        raise NoCompiler("no C++ compiler found (g++, c++ or $CXX)")
     objects = [*host_glue_objects(cxx), *emulated_objects(cxx, target), *host_cpu_objects(cxx, target)]
     ninja = Ninja(target)
     ninja.link(host_module(target), cxx, objects, [*HOST_FLAGS[target], "-lpthread"])

@@ -84,10 +84,10 @@ def test_wheel_and_sdist_pass_tests_from_outside_the_tree(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-        archive.extractall(tmp_path / "sdist", filter="data")
+        archive.extractall(tmp_path / "an sdist", filter="data")  # a path with a space, through every tool of the build
     sources = {str(p.relative_to(tree)) for p in (tree / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh", ".py"}}
     assert sources <= names, f"missing from the sdist: {sorted(sources - names)[:10]}"
-    (unpacked,) = (tmp_path / "sdist").iterdir()
+    (unpacked,) = (tmp_path / "an sdist").iterdir()
 
     wheel, output = wheel_of(unpacked, tmp_path, COBRA_KERNELS_BUILD_CUDA="0")  # the wheel of the sdist: both at once
     assert "abi3" in wheel.name and "CUDA kernels left out: COBRA_KERNELS_BUILD_CUDA=0" in output
@@ -130,6 +130,16 @@ def test_without_a_compiler_the_package_still_runs_and_says_so(tmp_path):
     assert "('rms_norm', 'reference'): 1" in said and "no C++ compiler at build time" in said and "runs on 'reference'" in said
     strict = run(python, "-c", CHECK.format(tree=str(ROOT)), cwd=tmp_path, check=False, COBRA_KERNELS_STRICT="1")
     assert "BackendUnavailable" in strict and "COBRA_KERNELS_STRICT=1 forbids" in strict
+
+
+def test_without_ninja_the_build_fails_and_says_what_to_install(tmp_path):
+    """A compiler without ninja is an oversight: left out in silence, every call would run on the slow path."""
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "ninja.py").write_text("raise ImportError\n")
+    path = tools_without(tmp_path, "ninja", "nvcc")
+    said = run(sys.executable, "setup.py", "-q", "build_ext", cwd=copy_of_tree(tmp_path), check=False, PATH=path, CUDA_HOME=None,
+               PYTHONPATH=str(tmp_path / "hidden"))  # fmt: skip
+    assert "BuildError: ninja not found: pip install ninja" in said, said[-2000:]
 
 
 def test_without_nvcc_the_build_is_cpu_only_and_says_so(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ...library import OPS, define
+from ...linear import MIN_PRODUCTS
 
 
 def _nothing(*arguments) -> None:
@@ -52,13 +53,13 @@ def _product_dtype(features, weights, biases) -> torch.dtype:
 
 
 def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)  # to() alone costs a microsecond
 
 
 def _rows(features, dtype: torch.dtype) -> torch.Tensor:
     """(rows, in_0). One copy of the features, a hundredth of the first product's time, which one long product repays twice."""
-    features = [t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(t.shape[:-1].numel(), t.shape[-1]) for t in features]
-    return _as(features[0] if len(features) == 1 else torch.cat(features, -1), dtype)
+    x = features[0] if len(features) == 1 else torch.cat(features, -1)
+    return _as(x.reshape(x.shape[:-1].numel(), x.shape[-1]), dtype)
 
 
 @functools.cache
@@ -70,7 +71,7 @@ def _product(x, weight, bias=None, gelu: bool = False):
     """x @ weight^T (+ bias, then GELU, before the one rounding to x's dtype). Straight to oneDNN where it can: F.linear in fp32
     goes to MKL, which uses AVX2 at most on processors of other makers and takes twice the time where there is AVX-512."""
     weight, bias = _as(weight, x.dtype), _as(bias, x.dtype)
-    if x.dtype == torch.float64 or x.numel() == 0 or weight.numel() == 0 or not _has_onednn():
+    if x.dtype == torch.float64 or x.numel() * weight.shape[0] < MIN_PRODUCTS or not _has_onednn():
         h = F.linear(x, weight, bias)
         return F.gelu(h) if gelu else h
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")

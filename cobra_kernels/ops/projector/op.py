@@ -4,11 +4,11 @@ pool of the token grid and a depthwise 3x3 with residual."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
-from ...checks import check_first, check_floats, name_of, requires_grad, shape_error
+from ...checks import check_first, check_float, check_floats, name_of, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
@@ -53,8 +53,8 @@ def mlp_projector(
         count(MLP, name)
         return reference.mlp_projector(features, weights, biases)
     if requires_grad(*features, *weights, *biases):
-        return OPS.mlp_projector.default(features, weights, *_present(biases), name)
-    return _MLP_FORWARD[name](features, weights, *_present(biases))
+        return _recorded(MLP, features, weights, biases, (), (), name)
+    return _FORWARD[MLP][name](features, weights, *_present(biases))
 
 
 def ldp_projector(
@@ -104,8 +104,8 @@ def ldp_projector(
         count(LDP, name)
         return reference.ldp_projector(features, weights, biases, peg_weight, peg_bias, grid, out_grid)
     if requires_grad(*features, *weights, *biases, peg_weight, peg_bias):
-        return OPS.ldp_projector.default(features, weights, *_present(biases), peg_weight, peg_bias, grid, out_grid, name)
-    return _LDP_FORWARD[name](features, weights, *_present(biases), peg_weight, peg_bias, grid, out_grid)
+        return _recorded(LDP, features, weights, biases, (peg_weight, peg_bias), (grid, out_grid), name)
+    return _FORWARD[LDP][name](features, weights, *_present(biases), peg_weight, peg_bias, grid, out_grid)
 
 
 def plan_mlp(features, weights, biases, *, backend=None):
@@ -121,40 +121,52 @@ def plan_ldp(features, weights, biases, peg_weight, peg_bias, *, grid=None, out_
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
+def _listed(op: str, argument: str, tensors, entries: str) -> list:
+    if isinstance(tensors, torch.Tensor) or not isinstance(tensors, Iterable):
+        got = type(tensors).__name__
+        raise ArgumentError(f"{op}: {argument} is a {got}, expected {'a tensor or ' if argument == 'features' else ''}a sequence of {entries}")
+    return list(tensors)
+
+
 def _check_layers(op, features, weights, biases) -> tuple[list, list, list]:
     """Everything as lists, after checking types, dtypes and the chain of shapes."""
-    features = [features] if isinstance(features, torch.Tensor) else list(features)
+    features = [features] if isinstance(features, torch.Tensor) else _listed(op, "features", features, "tensors")
     if not features:
         raise ArgumentError(f"{op}: features is empty, expected a tensor or a sequence of tensors")
     first = features[0]
     check_first(op, "features[0]", first)
-    weights = list(weights)
+    weights = _listed(op, "weights", weights, "matrices (out, in), one per layer")
     if not weights:
         raise ArgumentError(f"{op}: weights is empty, expected one matrix (out, in) per layer")
-    biases = [None] * len(weights) if biases is None else list(biases)
+    biases = [None] * len(weights) if biases is None else _listed(op, "biases", biases, "vectors or None, one per layer; or None")
     if len(biases) != len(weights):
         raise ArgumentError(f"{op}: biases has {len(biases)} entries, expected {len(weights)}, one per weight, or None")
-    named = {f"features[{k}]": t for k, t in enumerate(features)} | {f"weights[{i}]": t for i, t in enumerate(weights)}
-    for name, tensor in named.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise DtypeError(f"{op}: {name} is {type(tensor).__name__}, expected a torch.Tensor")
-    check_floats(op, "features[0]", first, **named, **{f"biases[{i}]": t for i, t in enumerate(biases)})
+    for argument, tensors in (("features", features), ("weights", weights), ("biases", biases)):
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                check_float(op, "features[0]", first, f"{argument}[{i}]", tensor)
+            elif argument != "biases":
+                raise DtypeError(f"{op}: {argument}[{i}] is NoneType, expected a torch.Tensor")
 
-    if first.dim() == 0:
+    lead, width, source = first.shape, 0, "the last dims of features, summed"
+    if not lead:
         raise ShapeError(f"{op}: features[0] has no dims, expected (..., v)")
-    for k, feature in enumerate(features[1:], 1):
-        if feature.dtype != first.dtype:
-            raise DtypeError(f"{op}: features[{k}] has dtype {name_of(feature.dtype)}, features[0] has {name_of(first.dtype)}")
-        if feature.shape[:-1] != first.shape[:-1] or feature.dim() != first.dim():
-            raise ShapeError(
-                f"{op}: features[{k}] has shape {tuple(feature.shape)}, expected {tuple(first.shape[:-1])} before its last dim; "
-                f"the leading dims come from features[0]"
-            )
-    width, source = sum(feature.shape[-1] for feature in features), "the last dims of features, summed"
+    for k, feature in enumerate(features):
+        shape = feature.shape
+        if feature is not first:
+            if feature.dtype != first.dtype:
+                raise DtypeError(f"{op}: features[{k}] has dtype {name_of(feature.dtype)}, features[0] has {name_of(first.dtype)}")
+            if shape[:-1] != lead[:-1] or len(shape) != len(lead):
+                raise ShapeError(
+                    f"{op}: features[{k}] has shape {tuple(shape)}, expected {tuple(lead[:-1])} before its last dim; "
+                    f"the leading dims come from features[0]"
+                )
+        width += shape[-1]
     for i, (weight, bias) in enumerate(zip(weights, biases)):
-        if weight.dim() != 2 or weight.shape[1] != width:
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != width:
             raise shape_error(op, f"weights[{i}]", weight, **{f"out_{i}": f"out_{i}", f"in_{i}": width}, why=f"in_{i} is {source}")
-        width, source = weight.shape[0], f"out_{i} of weights[{i}]"
+        width, source = shape[0], f"out_{i} of weights[{i}]"
         if bias is not None and bias.shape != (width,):
             raise shape_error(op, f"biases[{i}]", bias, **{f"out_{i}": width}, why=f"out_{i} comes from weights[{i}]")
     return features, weights, biases
@@ -291,64 +303,88 @@ for _name, _function in (("mlp_projector_fwd", _mlp_fwd_cpu), ("mlp_projector_bw
 first_order_only("mlp_projector_bwd")
 first_order_only("ldp_projector_bwd")
 
-_MLP_FORWARD = {"cpu": OPS.mlp_projector_fwd.default}
-_MLP_BACKWARD = {"cpu": OPS.mlp_projector_bwd.default}
-_LDP_FORWARD = {"cpu": OPS.ldp_projector_fwd.default}
-_LDP_BACKWARD = {"cpu": OPS.ldp_projector_bwd.default}
+_FORWARD = {MLP: {"cpu": OPS.mlp_projector_fwd.default}, LDP: {"cpu": OPS.ldp_projector_fwd.default}}
+_BACKWARD = {MLP: {"cpu": OPS.mlp_projector_bwd.default}, LDP: {"cpu": OPS.ldp_projector_bwd.default}}
 
 
 def _mlp_differentiable(features, weights, biases, biased, backend):
-    return _MLP_FORWARD[backend](features, weights, biases, biased)
+    return _FORWARD[MLP][backend](features, weights, biases, biased)
 
 
 def _ldp_differentiable(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, backend):
-    return _LDP_FORWARD[backend](features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid)
+    return _FORWARD[LDP][backend](features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid)
 
 
-def _save(ctx, features, weights, biases, *peg) -> None:
+def _save(ctx, op, backend, biased, features, weights, biases, peg, grids) -> None:
     tensors = [*features, *weights, *biases, *peg]
+    ctx.op, ctx.backend, ctx.biased, ctx.grids = op, backend, biased, grids
     ctx.counts = (len(features), len(weights), len(biases))
     ctx.wanted = [t is not None and t.requires_grad for t in tensors]
     ctx.save_for_backward(*tensors)
 
 
-def _grouped(ctx, tensors) -> tuple[list, list, list, list]:
+def _grouped(counts, tensors) -> tuple[list, list, list, list]:
     """Features, weights, biases, and the two of the encoding."""
-    k, n, b = ctx.counts
+    k, n, b = counts
     return tensors[:k], tensors[k : k + n], tensors[k + n : k + n + b], tensors[k + n + b :]
 
 
-def _placed(ctx, gradients) -> tuple[list, list, list, list]:
-    """The gradients of the wanted tensors in their places, None elsewhere."""
-    gradients = iter(gradients)
-    return _grouped(ctx, [next(gradients) if want else None for want in ctx.wanted])
+def _gradients(ctx, dy) -> list:
+    """One per saved tensor: the gradient of the wanted, None elsewhere."""
+    features, weights, biases, peg = _grouped(ctx.counts, list(ctx.saved_tensors))
+    backward = _BACKWARD[ctx.op][ctx.backend]
+    gradients = iter(backward(dy, features, weights, biases, ctx.biased, *peg, *ctx.grids, ctx.wanted))
+    return [next(gradients) if want else None for want in ctx.wanted]
 
 
 def _mlp_setup_context(ctx, inputs, output):
-    features, weights, biases, ctx.biased, ctx.backend = inputs
-    _save(ctx, features, weights, biases)
+    features, weights, biases, biased, backend = inputs
+    _save(ctx, MLP, backend, biased, features, weights, biases, (), ())
 
 
 def _mlp_backward(ctx, dy):
-    features, weights, biases, _ = _grouped(ctx, list(ctx.saved_tensors))
-    gradients = _MLP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.biased, ctx.wanted)
-    dfeatures, dweights, dbiases, _ = _placed(ctx, gradients)
+    dfeatures, dweights, dbiases, _ = _grouped(ctx.counts, _gradients(ctx, dy))
     return dfeatures, dweights, dbiases, None, None
 
 
 def _ldp_setup_context(ctx, inputs, output):
-    features, weights, biases, ctx.biased, peg_weight, peg_bias, ctx.grid, ctx.out_grid, ctx.backend = inputs
-    _save(ctx, features, weights, biases, peg_weight, peg_bias)
+    features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, backend = inputs
+    _save(ctx, LDP, backend, biased, features, weights, biases, (peg_weight, peg_bias), (grid, out_grid))
 
 
 def _ldp_backward(ctx, dy):
-    features, weights, biases, peg = _grouped(ctx, list(ctx.saved_tensors))
-    gradients = _LDP_BACKWARD[ctx.backend](dy, features, weights, biases, ctx.biased, *peg, ctx.grid, ctx.out_grid, ctx.wanted)
-    dfeatures, dweights, dbiases, (dpeg_weight, dpeg_bias) = _placed(ctx, gradients)
-    return dfeatures, dweights, dbiases, None, dpeg_weight, dpeg_bias, None, None, None
+    dfeatures, dweights, dbiases, dpeg = _grouped(ctx.counts, _gradients(ctx, dy))
+    return dfeatures, dweights, dbiases, None, *dpeg, None, None, None
 
 
 define(f"mlp_projector({_LAYERS}, str backend) -> Tensor", _mlp_fake)
 differentiable(MLP, _mlp_differentiable, setup_context=_mlp_setup_context, backward=_mlp_backward)
 define(f"ldp_projector({_LAYERS}, {_PEG}, str backend) -> Tensor", _ldp_fake)
 differentiable(LDP, _ldp_differentiable, setup_context=_ldp_setup_context, backward=_ldp_backward)
+
+
+class _Recorded(torch.autograd.Function):
+    """The differentiable ops for eager calls, on tensors one by one: lists through the library's autograd cost 65 us a call."""
+
+    @staticmethod
+    def forward(op, backend, counts, biased, grids, *tensors):
+        features, weights, biases, peg = _grouped(counts, tensors)
+        return _FORWARD[op][backend](features, weights, biases, biased, *peg, *grids)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        op, backend, counts, biased, grids, *tensors = inputs
+        features, weights, biases, peg = _grouped(counts, tensors)
+        _save(ctx, op, backend, biased, features, weights, biases, peg, grids)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, None, None, None, None, *_gradients(ctx, dy)
+
+
+def _recorded(op, features, weights, biases, peg, grids, backend):
+    present, biased = _present(biases)
+    if torch.compiler.is_compiling():
+        return getattr(OPS, op).default(features, weights, present, biased, *peg, *grids, backend)
+    counts = (len(features), len(weights), len(present))
+    return _Recorded.apply(op, backend, counts, biased, grids, *features, *weights, *present, *peg)
