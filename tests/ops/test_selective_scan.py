@@ -311,6 +311,16 @@ LEVEL_CASES = [
 ]
 
 
+def test_infinite_decay_rates_forget_everything(cpu_level):
+    """A_log above 88 makes A = -exp(A_log) = -inf in fp32: the state is the last input alone."""
+    u, delta, B = torch.randn(1, 20, 7), torch.rand(1, 20, 7) + 0.1, torch.randn(1, 3, 7)
+    A = torch.full((20, 3), -float("inf"))
+    out, last = selective_scan(u, delta, A, B, torch.ones(1, 3, 7), return_last_state=True, backend="cpu")
+    expected = delta * u * B.sum(1, keepdim=True)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(last, (delta * u)[..., -1:] * B[..., -1][:, None])
+
+
 @pytest.mark.parametrize("case", LEVEL_CASES, ids=lambda c: c.id)
 def test_every_level(cpu_level, case):
     check_values(case, "cpu")
