@@ -58,24 +58,20 @@ lint: setup  ## ruff
 
 gpu: gpu-test gpu-bench gpu-sanitize  ## on a CUDA machine: the three below, in this order
 
-gpu-test:  ## CUDA machine: build, suite on cuda and triton, selftest
-	@mkdir -p $(OUT)
-	MAX_JOBS=16 $(GPU_PYTHON) csrc/build.py ext
-	$(GPU_PYTHON) -m cobra_kernels.doctor | tee $(OUT)/doctor.txt
-	$(GPU_PYTHON) -m pytest tests/ops tests/gpu -m "not threads" 2>&1 | tee $(OUT)/gpu-test.txt; test $${PIPESTATUS[0]} -eq 0
-	$(GPU_PYTHON) -c "import cobra_kernels; cobra_kernels.selftest(device='cuda')" | tee $(OUT)/selftest.txt
+gpu-test:  ## CUDA machine: build, streams and graphs, the suite on cuda and triton, selftest (6 minutes on 16 cores)
+	@$(GPU_PYTHON) -m tests.gpu.run test --out $(OUT)
 
-gpu-bench:  ## CUDA machine: every bench, records under $OUT
-	@mkdir -p $(OUT)
-	$(GPU_PYTHON) -m benchmarks --device cuda --results $(OUT)/results 2>&1 | tee $(OUT)/gpu-bench.txt; test $${PIPESTATUS[0]} -eq 0
+gpu-bench:  ## CUDA machine: every bench with its peers [PEERS=folder of sdists], records under $OUT (8 minutes)
+	@$(GPU_PYTHON) -m tests.gpu.run bench --out $(OUT) $(if $(PEERS),--peers $(PEERS))
 
-gpu-sanitize:  ## CUDA machine: memcheck, racecheck, initcheck, synccheck
-	@mkdir -p $(OUT)
-	@for tool in memcheck racecheck initcheck synccheck; do echo "== $$tool"; \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 9 --log-file $(OUT)/$$tool.txt \
-	  $(GPU_PYTHON) -m pytest tests/gpu -x -k sanitize || exit 1; done
+gpu-sanitize:  ## CUDA machine: memcheck, racecheck, initcheck, synccheck on boundary cases (8 minutes)
+	@$(GPU_PYTHON) -m tests.gpu.run sanitize --out $(OUT)
+
+gpu-profile:  ## CUDA machine: KERNEL=<name>: issue slots, MUFU, DRAM, L2 of one kernel, by ncu [OP=<op>] [SHAPE=<shape>]
+	@test -n "$(KERNEL)" || { echo "usage: make gpu-profile KERNEL=selective_scan [OP=selective_scan] [SHAPE=cobra-3b-2k]"; exit 2; }
+	@$(GPU_PYTHON) -m tests.gpu.run profile $(KERNEL) --out $(OUT) $(if $(OP),--op $(OP)) $(if $(SHAPE),--shape $(SHAPE))
 
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build out dist *.egg-info cobra/*.egg-info cobra_kernels/_C.abi3.so
 
-.PHONY: help setup demo test bench room sanitize nvcc-check wheel lint gpu gpu-test gpu-bench gpu-sanitize clean
+.PHONY: help setup demo test bench room sanitize nvcc-check wheel lint gpu gpu-test gpu-bench gpu-sanitize gpu-profile clean
