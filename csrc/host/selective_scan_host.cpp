@@ -1,20 +1,21 @@
 // selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
-// The caller owns out and last_state, which is contiguous.
+// The caller owns out and last_state, which is contiguous. `multiprocessors`: of the GPU that is emulated.
 #include "host/host.h"
 #include "selective_scan/selective_scan.h"
 
 namespace cobra::host {
 namespace {
 
-void forward(const py::array& u, const py::array& delta, const py::array& A, const py::array& B, const py::array& C, const OptionalArray& D,
+void forward(const std::string& device, const py::array& u, const py::array& delta, const py::array& A, const py::array& B, const py::array& C, const OptionalArray& D,
              const OptionalArray& z, const OptionalArray& delta_bias, bool delta_softplus, const OptionalArray& initial_state,
-             const OptionalArray& cu_seqlens, const py::array& out, const py::array& last_state) {
+             const OptionalArray& cu_seqlens, const py::array& out, const py::array& last_state, int multiprocessors) {
   SelectiveScanFwdParams p{};
   p.batch = u.shape(0);
   p.dim = u.shape(1);
   p.seqlen = u.shape(2);
   p.dstate = A.shape(1);
   p.delta_softplus = delta_softplus;
+  p.multiprocessors = multiprocessors;
   const auto set = [](const py::array& t, const char* name, const void*& data, DType& dtype) {
     data = pointer(t);
     dtype = dtype_of(t, name);
@@ -63,8 +64,7 @@ void forward(const py::array& u, const py::array& delta, const py::array& A, con
   p.out = pointer(out);
   p.out_stride = sequence_stride(out, "out");
   p.last_state = pointer(last_state);
-  const py::gil_scoped_release unlocked;
-  selective_scan_fwd_cpu(p, parallel());
+  run(device, p, &selective_scan_fwd_cpu, &selective_scan_fwd_cuda);
 }
 
 const Room room([](py::module_& m) { m.def("selective_scan", &forward); });

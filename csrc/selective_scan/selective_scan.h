@@ -20,6 +20,7 @@ struct SelectiveScanFwdParams {
   int64_t batch, dim, seqlen, dstate;
   int64_t num_seqs;  // packed sequences of the one batch row; 0 when not packed
   bool delta_softplus, B_constant, C_constant;
+  int32_t multiprocessors;  // of the GPU, to choose a schedule; results do not depend on it
 
   SequenceStride u_stride, delta_stride, z_stride, out_stride;
   ScanStateStride A_stride, initial_state_stride;
@@ -43,5 +44,11 @@ struct SelectiveScanFwdParams {
 };
 
 void selective_scan_fwd_cpu(const SelectiveScanFwdParams&, const Parallel&);
+
+// `stream` is a cudaStream_t. Returns 0 or the cudaError_t of the launch.
+int selective_scan_fwd_cuda(const SelectiveScanFwdParams&, void* stream);
+
+// Multiprocessors of the current GPU; 0 when it cannot be asked.
+int32_t gpu_multiprocessors();
 
 }  // namespace cobra

@@ -1,4 +1,4 @@
-// selective_scan_fwd of torch.ops.cobra_kernels, for CPU tensors.
+// selective_scan_fwd of torch.ops.cobra_kernels, for CPU and CUDA tensors.
 #include <tuple>
 
 #include "common/tensor_args.h"
@@ -110,11 +110,13 @@ struct Forward {
   }
 };
 
+using Result = std::tuple<Tensor, Tensor>;
+
 CallCounter fwd_cpu_calls("selective_scan", "cpu");
 
-std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
-                                   const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus,
-                                   const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+Result fwd_cpu(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+               const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus,
+               const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
   Forward call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   selective_scan_fwd_cpu(call.p, kTorchParallel);
   fwd_cpu_calls.add();
@@ -122,6 +124,24 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& u, const Tensor& delta, const T
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) { m.impl("selective_scan_fwd", TORCH_BOX(&fwd_cpu)); }
+
+#if defined(COBRA_WITH_CUDA)
+CallCounter fwd_cuda_calls("selective_scan", "cuda");
+
+Result fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
+                const OptionalTensor& cu_seqlens) {
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  STD_TORCH_CHECK(u.scalar_type() != ScalarType::Double, kOp, ": u is float64, which the CUDA kernel does not serve");
+  Forward call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
+  call.p.multiprocessors = gpu_multiprocessors();
+  check_launch(selective_scan_fwd_cuda(call.p, current_stream(u, kOp)), kOp);
+  fwd_cuda_calls.add();
+  return {call.out, call.last_state};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) { m.impl("selective_scan_fwd", TORCH_BOX(&fwd_cuda)); }
+#endif
 
 }  // namespace
 }  // namespace cobra

@@ -9,7 +9,6 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
-DEVICES = ("cpu",)
 BOTH = ("contiguous", "transposed")  # time, or channels, side by side in memory
 
 
@@ -24,6 +23,7 @@ class Case(NamedTuple):
     C: int | str = "3d"
     dtype: str = "fp32"
     weight_dtype: str = ""  # empty: fp32, or fp64 next to it
+    other_dtype: str = ""  # of delta and C; empty: dtype
     state_dtype: str = ""
     options: bool = True  # D, z, delta_bias, softplus
     layout: str = "contiguous"
@@ -31,6 +31,8 @@ class Case(NamedTuple):
     initial: bool = False
     packed: tuple[int, ...] | None = None  # cu_seqlens; batch is 1
     index: str = "i4"
+    forget: bool = False  # some A are -inf: those states are their last step's alone
+    max_grid_x: int = 0  # 0: as the GPU
 
     @property
     def id(self) -> str:
@@ -50,13 +52,16 @@ CASES = [
       for n in (5, 16) for x in BOTH),
     *(Case(dtype=d, weight_dtype=w, state_dtype=s, layout=x, initial=True)
       for d, w, s in (("bf16", "", ""), ("fp16", "", ""), ("bf16", "bf16", "bf16"), ("fp64", "", "")) for x in BOTH),
+    *(Case(dtype=d, other_dtype=o, layout=x) for d, o in (("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")) for x in BOTH),
     *(Case(dtype=d, layout=x, initial=True) for d in ("fp32", "bf16") for x in harness.LAYOUTS[1:]),
     *(Case(layout=x, projected_layout=y, dtype=d) for x, y in (BOTH, BOTH[::-1]) for d in ("fp32", "bf16")),
     *(Case(batch=1, seqlen=70, packed=EMPTY_AND_SHORT, index=n, layout=x, initial=i, dtype=d)
       for n, d in (("i4", "fp32"), ("i8", "bf16")) for x in (*BOTH, "strided") for i in (False, True)),
     *(Case(batch=1, seqlen=9, packed=p, layout=x, initial=True) for p in ((0,), (0, 9), (0, 0, 0)) for x in BOTH),
+    *(Case(batch=b, dim=dim, seqlen=9, max_grid_x=2) for b, dim in ((3, 530), (17, 8))),  # warps take a second turn
     Case(batch=0, initial=True),
     *(Case(options=False, layout=x) for x in BOTH),
+    *(Case(dstate=n, forget=True) for n in (16, 20)),
 ]  # fmt: skip
 SANITIZED = CASES
 
@@ -83,6 +88,8 @@ def per_channel(values, shape):
 
 def check(host, case: Case, device: str) -> None:
     """One scan against fp64, inputs unchanged, guards whole, outputs written."""
+    if device == "cuda" and case.dtype == "fp64":
+        return  # served by cpu only
     rng = np.random.default_rng(0)
     shape, compute = (case.batch, case.dim, case.seqlen), "fp64" if case.dtype == "fp64" else "fp32"
     weight_dtype, projected_layout = case.weight_dtype or compute, case.projected_layout or case.layout
@@ -91,13 +98,17 @@ def check(host, case: Case, device: str) -> None:
     def make(shape, dtype=case.dtype, layout=case.layout, scale=1.0, offset=0.0):
         return Tensor(shape, dtype, layout, rng.standard_normal(shape) * scale + offset)
 
-    def project(form):
+    def project(form, dtype):
         if form == "constant":
             return make((case.dim, case.dstate), weight_dtype, projected_layout)
-        return make((case.batch, *(() if form == "3d" else (form,)), case.dstate, case.seqlen), case.dtype, projected_layout)
+        return make((case.batch, *(() if form == "3d" else (form,)), case.dstate, case.seqlen), dtype, projected_layout)
 
-    inputs = {"u": make(shape), "delta": make(shape, scale=0.5, offset=0.0 if case.options else 1.0)}
-    inputs |= {"A": make((case.dim, case.dstate), weight_dtype, scale=0.2, offset=-1.0), "B": project(case.B), "C": project(case.C)}
+    other = case.other_dtype or case.dtype
+    inputs = {"u": make(shape), "delta": make(shape, other, scale=0.5, offset=0.0 if case.options else 1.0)}
+    inputs |= {"A": make((case.dim, case.dstate), weight_dtype, scale=0.2, offset=-1.0), "B": project(case.B, case.dtype), "C": project(case.C, other)}
+    if case.forget:
+        inputs["A"].array[::3, ::2] = -np.inf
+        inputs["A"].before = inputs["A"].buffer.copy()
     inputs["D"] = make((case.dim,), weight_dtype) if case.options else None
     inputs["z"] = make(shape) if case.options else None
     inputs["delta_bias"] = make((case.dim,), weight_dtype) if case.options else None
@@ -106,8 +117,13 @@ def check(host, case: Case, device: str) -> None:
     last = Tensor(states, compute)
     cu_seqlens = None if case.packed is None else np.array(case.packed, case.index)
 
-    host.selective_scan(*(None if t is None else t.array for t in inputs.values()), case.options, initial.array if initial else None, cu_seqlens,
-                        out.array, last.array)  # fmt: skip
+    # On a GPU with many multiprocessors four lanes share a channel, on one with few each has its own: same bits.
+    runs = []
+    for multiprocessors in (132, 0) if device == "cuda" else (0,):
+        host.selective_scan(device, *(None if t is None else t.array for t in inputs.values()), case.options, initial.array if initial else None,
+                            cu_seqlens, out.array, last.array, multiprocessors)  # fmt: skip
+        runs.append((out.buffer.tobytes(), last.buffer.tobytes()))
+    assert runs[0] == runs[-1], "the bits depend on the number of multiprocessors"
 
     wide = {name: None if t is None else t.values() for name, t in inputs.items()}
     delta = np.logaddexp(0, wide["delta"] + wide["delta_bias"][:, None]) if case.options else wide["delta"]
@@ -142,7 +158,7 @@ def check_large_strides(host, device: str) -> None:
         A, last = -rng.random((dim, dstate)).astype(np.float32), np.empty((batch, dim, dstate), np.float32)
         B = far[:batch, :, :seqlen]
         out[...] = np.nan
-        host.selective_scan(x, x, A, B, B, None, x, None, True, None, None, view(out), last)
+        host.selective_scan(device, x, x, A, B, B, None, x, None, True, None, None, view(out), last, 132)
         wide = x.astype(np.float64)
         step_sizes, wide_B = np.logaddexp(0, wide), per_channel(B.astype(np.float64), (batch, dim, dstate, seqlen))
         expected = np.stack([expected_scan(wide[b], step_sizes[b], A, wide_B[b], wide_B[b], None, np.zeros((dim, dstate)))[0] for b in range(batch)])

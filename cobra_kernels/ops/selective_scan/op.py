@@ -7,7 +7,7 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_index, name_of, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
@@ -171,15 +171,17 @@ def _check_cu_seqlens(u, cu_seqlens) -> None:
         raise ArgumentError(f"{OP}: cu_seqlens[{len(bounds) - 1}] is {bounds[-1]}, expected at most seqlen={u.shape[2]}; seqlen comes from u")
 
 
-def _cpu_reason(u: torch.Tensor, A: torch.Tensor) -> str | None:
-    return "complex A is served by reference only" if A.is_complex() else cpu_reason(u)
+def _real(reason):
+    """`reason` of a kernel that reads real A only."""
+    return lambda u, A: "complex A is served by reference only" if A.is_complex() else reason(u)
 
 
+_SLOW_GRADIENTS = "the reference's, in plain torch (slow: no backward kernel)"
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(_cpu_reason, gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "cpu": Backend(_real(cpu_reason), gradients=_SLOW_GRADIENTS),
     "triton": Backend(no_kernel, gradients="none"),
-    "cuda": Backend(no_kernel, gradients="none"),
+    "cuda": Backend(_real(cuda_reason), gradients=_SLOW_GRADIENTS),
 }
 
 
@@ -216,7 +218,7 @@ define(f"selective_scan_bwd(Tensor? dout, Tensor? dlast_state, {_ARGUMENTS}) -> 
 first_order_only("selective_scan_bwd")
 implement("selective_scan_bwd", _bwd, "CompositeExplicitAutograd")
 
-_FORWARD = {"cpu": OPS.selective_scan_fwd.default}
+_FORWARD = {name: OPS.selective_scan_fwd.default for name in ("cpu", "cuda")}
 
 
 def _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend):
