@@ -47,6 +47,10 @@ sanitize: setup  ## CPU and CUDA kernels on a CPU under ASan, UBSan and TSan
 nvcc-check: setup  ## every CUDA kernel for every architecture against csrc/nvcc_table.tsv; zero spills [UPDATE=1] [ARCHS="80 90a"]
 	@ARCHS="$(ARCHS)" UPDATE="$(UPDATE)" $(PY) csrc/build.py nvcc-check
 
+sass: setup  ## KERNEL=<name>: issue slots, MUFU and bytes of a kernel's inner loops, from its disassembly [ARCH=90a] [ELEMENTS=n]
+	@test -n "$(KERNEL)" || { echo "usage: make sass KERNEL=rms_norm_fwd_vector_kernel [ARCH=90a] [ELEMENTS=32]"; exit 2; }
+	@$(PY) csrc/sass.py '$(KERNEL)' $(if $(ARCH),--arch $(ARCH)) $(if $(ELEMENTS),--elements $(ELEMENTS))
+
 wheel: setup  ## dist/*.whl (all GPU images) and the sdists of both distributions
 	TORCH_CUDA_ARCH_LIST="$(ALL_ARCHS)" $(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist .
 	$(PY) -m pip wheel -q --no-build-isolation --no-deps -w dist ./cobra
@@ -74,4 +78,4 @@ gpu-profile:  ## CUDA machine: KERNEL=<name>: issue slots, MUFU, DRAM, L2 of one
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build out dist *.egg-info cobra/*.egg-info cobra_kernels/_C.abi3.so
 
-.PHONY: help setup demo test bench room sanitize nvcc-check wheel lint gpu gpu-test gpu-bench gpu-sanitize gpu-profile clean
+.PHONY: help setup demo test bench room sanitize nvcc-check sass wheel lint gpu gpu-test gpu-bench gpu-sanitize gpu-profile clean
