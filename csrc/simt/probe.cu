@@ -1,5 +1,8 @@
 // Kernels that use every part of the language that the emulator offers, each with one right answer. nvcc compiles the same
 // file, so the emulator's dialect stays CUDA; a GPU must give the same numbers.
+#include "common/async_copy.cuh"
+#include "common/mma.cuh"
+#include "common/named_barrier.cuh"
 #include "common/sync.cuh"
 #include "simt/probe.h"
 
@@ -126,8 +129,46 @@ __global__ void language_kernel(ProbeParams p) {
   }
 }
 
+// One warp: D = A B + C of in = A (16, 8), B (8, 8), C (16, 8); out: the bits of D (16, 8).
+__global__ void mma_kernel(ProbeParams p) {
+  const int g = int(threadIdx.x) / 4, t = int(threadIdx.x) % 4;
+  const float *const A = p.in, *const B = A + 128, *const C = B + 64;
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = C[(g + i / 2 * 8) * 8 + 2 * t + i % 2];
+  mma_m16n8k8_tf32(d, A[g * 8 + t], A[(g + 8) * 8 + t], A[g * 8 + t + 4], A[(g + 8) * 8 + t + 4], B[t * 8 + g], B[(t + 4) * 8 + g]);
+  for (int i = 0; i < 4; ++i) memcpy(&p.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2], &d[i], 4);
+}
+
+// Warps 0 and 1 copy pieces of `in` (rounds, 64, 4) to warps 2 and 3, two rounds ahead: out[round][thread] = the first two numbers of
+// the piece of another thread. The last round has zeros. what = 1: nobody waits for the copies before the others read;
+// 2: a place is written again without waiting for its readers.
+__global__ void producer_consumer_kernel(ProbeParams p) {
+  COBRA_SHARED(float4[2][64], piece);
+  const int thread = int(threadIdx.x) % 64, rounds = p.count / 256;
+  const bool produces = threadIdx.x < 64;
+  for (int round = 0; round < rounds; ++round) {
+    const int half = round % 2, full = 1 + half, empty = 3 + half;
+    if (produces) {
+      if (round >= 2 && p.what != 2) barrier_sync(empty, 128);
+      copy_async_16(&piece[half][thread], p.in + (int64_t(round) * 64 + thread) * 4, round < rounds - 1);
+      copy_async_commit();
+      if (p.what != 1) copy_async_wait<0>();
+      barrier_arrive(full, 128);
+      if (p.what == 2 && round >= 2) barrier_sync(empty, 128);
+    } else {
+      barrier_sync(full, 128);
+      const float4 v = piece[half][63 - thread];
+      p.out[(int64_t(round) * 64 + thread) * 2] = int(v.x);
+      p.out[(int64_t(round) * 64 + thread) * 2 + 1] = int(v.y);
+      if (round + 2 < rounds) barrier_arrive(empty, 128);
+    }
+  }
+  copy_async_wait<0>();
+}
+
 // Kernels that must fail: what = 0 half the block misses a barrier, 1 a thread leaves before it, 2 a lane misses a
-// shuffle, 3 a lane calls one without being in its mask, 4 lanes of one mask call different collectives.
+// shuffle, 3 a lane calls one without being in its mask, 4 lanes of one mask call different collectives, 5 a named barrier waits
+// for ever, 6 its threads disagree on their number, 7 some arrive and nobody comes, 8 a copy is not waited for.
 __global__ void broken_kernel(ProbeParams p) {
   const int i = int(threadIdx.x);
   if (p.what == 0 && i < 32) __syncthreads();
@@ -138,6 +179,13 @@ __global__ void broken_kernel(ProbeParams p) {
   if (p.what == 2) __syncthreads();
   if (p.what == 3) p.out[i] = __shfl_sync(0x7fffffffu, i, 0);
   if (p.what == 4) p.out[i] = i % 2 ? __shfl_sync(kAll, i, 0) : __any_sync(kAll, i);
+  if (p.what == 5 && i < 32) barrier_sync(3, 64);
+  if (p.what == 6) barrier_sync(3, i % 2 ? 32 : 64);
+  if (p.what == 7 && i < 32) barrier_arrive(3, 64);
+  if (p.what == 8) {
+    COBRA_SHARED(float4[64], piece);
+    copy_async_16(&piece[i], p.in, false);
+  }
 }
 
 }  // namespace
@@ -150,6 +198,8 @@ int probe_cuda(const ProbeParams& p, void* stream) {
     case 3: return launch(&round_kernel, dim3(unsigned(p.blocks)), dim3(128), 0, stream, p);
     case 4: return launch(&broken_kernel, dim3(1), dim3(64), 0, stream, p);
     case 5: return launch(&language_kernel, dim3(1, 2, unsigned(p.blocks)), dim3(5, 3, 2), 0, stream, p);
+    case 6: return launch(&mma_kernel, dim3(1), dim3(32), 0, stream, p);
+    case 7: return launch(&producer_consumer_kernel, dim3(1), dim3(128), 0, stream, p);
     default: return launch(&round_kernel, dim3(unsigned(p.blocks), 1, 1), dim3(2048), 0, stream, p);  // more than a block holds
   }
 }

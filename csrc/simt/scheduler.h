@@ -38,6 +38,12 @@ struct Thread {
   const void* in = nullptr;
   void* out = nullptr;
   int source = 0;
+
+  Thread* next_waiting = nullptr;  // at the same named barrier
+
+  // Its asynchronous copies that are not carried out yet, oldest first, and the number of the group that is open (async_copy.h).
+  struct AsyncCopy* copies = nullptr;
+  unsigned copy_group = 0;
 };
 
 // Lanes of a warp that meet in a collective under one mask.
@@ -53,6 +59,14 @@ struct Warp {
   unsigned exited = 0;  // lanes that left the kernel, or never existed
 };
 
+// A barrier that some of a block's threads wait at and others only arrive at (common/named_barrier.cuh).
+constexpr int kNamedBarriers = 16;
+struct NamedBarrier {
+  int threads = 0, arrived = 0, phase = 0;
+  Thread* waiting = nullptr;  // list, last come first
+  char token[2] = {};
+};
+
 // A slot: the block that is in it now, its threads, its shared memory.
 struct Block {
   dim3 index;
@@ -61,6 +75,7 @@ struct Block {
   int at_barrier = 0, sum = 0, result = 0, phase = 0;  // __syncthreads and its reducing forms
   char barrier_token[2] = {};
   char start_token = 0, exit_token = 0;
+  NamedBarrier named[kNamedBarriers];  // 0 is never used: it is __syncthreads
 
   Warp warps[kMaxWarps];
   Thread* waiting[kMaxThreads];
@@ -174,6 +189,9 @@ SIMT_RUNTIME inline Thread* take_ready() {
         if (meeting.arrived)
           fail("deadlock: warp %d waits in a collective with mask 0x%08x, only lanes 0x%08x came (%d of the block's %d threads wait in "
                "__syncthreads)", w, meeting.mask, meeting.arrived, b.at_barrier, b.alive);
+    for (int id = 1; id < kNamedBarriers; ++id)
+      if (b.named[id].waiting)
+        fail("deadlock: barrier %d waits for %d threads, %d came", id, b.named[id].threads, b.named[id].arrived);
     fail("deadlock: %d of the block's %d threads wait in __syncthreads", b.at_barrier, b.alive);
   }
   std::abort();  // called only while a block is unfinished
@@ -222,6 +240,36 @@ SIMT_RUNTIME inline int barrier(int value) {
   return b.result;
 }
 
+// barrier.sync and barrier.arrive: the thread comes to barrier `id`, which opens for `threads` of them.
+SIMT_RUNTIME inline void named_barrier(int id, int threads, bool wait_there) {
+  Block& b = *current->block;
+  if (id < 1 || id >= kNamedBarriers) fail("barrier %d, a block has named barriers 1 to %d", id, kNamedBarriers - 1);
+  if (threads <= 0 || threads % kWarpSize || threads > machine->threads)
+    fail("barrier %d for %d threads, expected whole warps of a block of %d", id, threads, machine->threads);
+  NamedBarrier& n = b.named[id];
+  if (n.arrived && n.threads != threads) fail("barrier %d for %d threads, others came to it for %d", id, threads, n.threads);
+  n.threads = threads;
+  char* const token = &n.token[n.phase];
+  release(token);
+  if (wait_there) {
+    current->next_waiting = n.waiting;
+    n.waiting = current;
+  }
+  if (++n.arrived == threads) {
+    count_step();
+    Thread* woken[kMaxThreads];
+    int count = 0;
+    for (Thread* t = n.waiting; t; t = t->next_waiting) woken[kMaxThreads - ++count] = t;
+    n.waiting = nullptr;
+    n.arrived = 0;
+    n.phase ^= 1;
+    make_ready(woken + kMaxThreads - count, count);
+  }
+  if (!wait_there) return;
+  wait();
+  acquire(token);
+}
+
 // NaN in every float format, and an absurd index.
 SIMT_RUNTIME inline void* poisoned_memory(size_t bytes) {
   void* const memory = std::malloc(bytes);  // exact size: ASan's redzone begins at the next byte
@@ -256,6 +304,7 @@ SIMT_RUNTIME inline void start_block(Block& b) {
   b.alive = m.threads;
   b.at_barrier = b.sum = b.shared_count = 0;
   b.shared_bytes = 0;
+  for (NamedBarrier& n : b.named) n = NamedBarrier{};
   b.dynamic = m.dynamic_bytes ? poisoned_memory(m.dynamic_bytes) : nullptr;
   for (int w = 0; w * kWarpSize < m.threads; ++w) {
     Warp& warp = b.warps[w];
@@ -312,11 +361,14 @@ SIMT_RUNTIME inline void thread_main() {
     acquire(&me.block->start_token);
     machine->call(machine->arguments);
     Block& b = *me.block;
+    if (me.copies) fail("the thread left the kernel without waiting for its asynchronous copies");
     release(&b.exit_token);
     --b.alive;
     if (b.at_barrier) fail("the thread left the kernel while %d others wait in __syncthreads", b.at_barrier);
     leave_warp(me);
     if (b.alive == 0) {
+      for (const NamedBarrier& n : b.named)
+        if (n.arrived) fail("the block ended with %d of %d threads at barrier %d", n.arrived, n.threads, int(&n - b.named));
       end_block(b);
       if (machine->blocks_started < machine->blocks) start_block(b);
     }

@@ -6,9 +6,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "simt/async_copy.h"
 #include "simt/language.h"
 #include "simt/options.h"
 #include "simt/scheduler.h"
+#include "simt/tensor_core.h"
 #include "simt/warp.h"
 
 #define threadIdx (::simt::current->index)

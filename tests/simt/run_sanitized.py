@@ -63,6 +63,8 @@ def run_probe(target: str, module: Path) -> None:
     for order, seed in (("forward", 1), ("reverse", 1), ("random", 5)):
         test_simt.test_warp_collectives(host, order, seed)
         test_simt.test_language(host, order, seed)
+        test_simt.test_tensor_core_instruction(host, order, seed)
+        test_simt.test_named_barriers_and_asynchronous_copies(host, order, seed)
         for resident in (1, 3, 0):
             test_simt.test_block_barriers_and_shared_memory(host, order, seed, resident)
             test_simt.test_blocks_hand_over_by_ticket_with_any_number_resident(host, order, seed, resident)

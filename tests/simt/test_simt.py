@@ -8,14 +8,18 @@ import numpy as np
 import pytest
 
 ORDERS = [("forward", 1), ("reverse", 1), *(("random", seed) for seed in range(1, 6))]
-WARP, BLOCK, CHAIN, ROUND, BROKEN, LANGUAGE, TOO_LARGE = range(7)
-BAR_0, LEFT_EARLY, MISSING_LANE, NOT_IN_MASK, MIXED = range(5)
+WARP, BLOCK, CHAIN, ROUND, BROKEN, LANGUAGE, MMA, PRODUCER_CONSUMER, TOO_LARGE = range(9)
+BAR_0, LEFT_EARLY, MISSING_LANE, NOT_IN_MASK, MIXED, NAMED_DEADLOCK, NAMED_COUNTS, NAMED_LEFT, COPY_LEFT = range(9)
+NO_WAIT, NO_EMPTY = 1, 2
 BROKEN_RULES = [
     (BAR_0, "deadlock: warp 1 waits in a collective|left the kernel while|deadlock: 32 of the block's"),
     (LEFT_EARLY, "left the kernel while|after 1 threads of the block left"),
     (MISSING_LANE, "deadlock: warp . waits in a collective with mask 0xffffffff, only lanes 0xffffffdf came"),
     (NOT_IN_MASK, "lane 31 is not in its own mask 0x7fffffff"),
     (MIXED, "lanes of mask 0xffffffff are in different warp collectives"),
+    (NAMED_DEADLOCK, "deadlock: barrier 3 waits for 64 threads, 32 came"),
+    (NAMED_COUNTS, "barrier 3 for (32|64) threads, others came to it for (32|64)"),
+    (NAMED_LEFT, "the block ended with 32 of 64 threads at barrier 3"),
 ]
 
 
@@ -87,6 +91,57 @@ def test_language(host, order, seed):
             shared = [0, 7, 7, 5] if thread == 0 else [-1] * 4
             expected = [block * 1000 + thread, table, 3 * thread + 3, 1, thread, block, 3 + thread, 5 + thread, floats, 1, *shared, -1, -1]
             assert row == expected, f"block {block}, thread {thread}"
+
+
+def tf32(values):
+    """What a tensor core sees of fp32 numbers: 10 bits behind the point, cut off."""
+    return (values.view(np.uint32) & 0xFFFFE000).view(np.float32).astype(np.float64)
+
+
+@pytest.mark.parametrize("order, seed", ORDERS)
+def test_tensor_core_instruction(host, order, seed):
+    """Every element of D = A B + C against numpy; one NaN in A stays in its row, one in B in its column."""
+    host.set_simt(order=order, seed=seed)
+    A, B, C = (np.random.default_rng(seed).standard_normal(shape).astype(np.float32) for shape in ((16, 8), (8, 8), (16, 8)))
+
+    def run():
+        return probe(host, MMA, out=128, values=np.concatenate([A.ravel(), B.ravel(), C.ravel()]))[0].view(np.float32).reshape(16, 8)
+
+    assert np.abs(run() - (tf32(A) @ tf32(B) + C)).max() < 1e-6
+    A[11, 5], B[2, 6] = np.nan, np.nan
+    nan = np.zeros((16, 8), bool)
+    nan[11], nan[:, 6] = True, True
+    assert np.array_equal(np.isnan(run()), nan)
+
+
+def produce_and_consume(host, rounds=7, **options):
+    """(output, expected) of the kernel whose warps hand pieces to each other through named barriers and asynchronous copies."""
+    values = np.arange(rounds * 256, dtype=np.float32)
+    expected = values.reshape(rounds, 64, 4)[:, ::-1, :2].astype(np.int32)
+    expected[-1] = 0
+    return probe(host, PRODUCER_CONSUMER, out=rounds * 128, values=values, **options)[0], expected.ravel()
+
+
+@pytest.mark.parametrize("order, seed", ORDERS)
+def test_named_barriers_and_asynchronous_copies(host, order, seed):
+    host.set_simt(order=order, seed=seed)
+    out, expected = produce_and_consume(host)
+    assert np.array_equal(out, expected)
+
+
+def test_asynchronous_copies_are_as_late_or_early_as_they_can_be(host):
+    """Nobody waits for a copy: forward order still shows NaN. A place is taken too early: reverse order shows the later piece."""
+    host.set_simt(order="forward")
+    assert not np.array_equal(*produce_and_consume(host, what=NO_WAIT))
+    host.set_simt(order="reverse")
+    assert not np.array_equal(*produce_and_consume(host, what=NO_EMPTY))
+
+
+def test_a_copy_that_nobody_waits_for_is_a_failure(host):
+    host.set_simt(order="forward")
+    with pytest.raises(host.SimtFailure, match="left the kernel without waiting for its asynchronous copies"):
+        probe(host, BROKEN, what=COPY_LEFT)
+    assert probe(host, BLOCK, out=64 * 8)[1] == 0
 
 
 def test_waiting_for_a_block_that_has_not_started_is_a_hang(host):
