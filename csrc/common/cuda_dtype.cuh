@@ -42,6 +42,49 @@ __device__ __forceinline__ void store_float(void* base, DType dtype, int64_t off
   with_float_type(dtype, [=](auto t) { static_cast<decltype(t)*>(base)[offset] = round_to<decltype(t)>(v); });
 }
 
+// An element as it lies in memory, and its value later. load_float converts where it loads, behind a branch: the loads of several
+// tensors then wait for one another. With their bits first and their values afterwards, all are under way at once.
+__device__ __forceinline__ unsigned load_bits(const void* base, DType dtype, int64_t offset) {
+  return dtype == DType::kFloat32 ? static_cast<const unsigned*>(base)[offset] : static_cast<const unsigned short*>(base)[offset];
+}
+__device__ __forceinline__ float float_of(unsigned bits, DType dtype) {
+  const unsigned widened = dtype == DType::kBFloat16 ? bits << 16 : bits;
+  const unsigned short narrow = static_cast<unsigned short>(bits);
+  float v;
+  __half h;
+  memcpy(&v, &widened, sizeof v);
+  memcpy(&h, &narrow, sizeof h);
+  return dtype == DType::kFloat16 ? __half2float(h) : v;
+}
+
+// 32-bit words that hold one fp32 or two 16-bit values: the value at byte 0 or 2, and the word of the values from v[0] on.
+template <class T> __device__ __forceinline__ float value_of_word(unsigned word, int byte);
+template <> __device__ __forceinline__ float value_of_word<float>(unsigned word, int) { return float_of(word, DType::kFloat32); }
+template <> __device__ __forceinline__ float value_of_word<__nv_bfloat16>(unsigned word, int byte) {
+  return float_of(byte ? word & 0xffff0000u : word << 16, DType::kFloat32);
+}
+template <> __device__ __forceinline__ float value_of_word<__half>(unsigned word, int byte) {
+  return float_of(byte ? word >> 16 : word, DType::kFloat16);
+}
+template <class T> __device__ __forceinline__ unsigned word_of(const float* v);
+template <> __device__ __forceinline__ unsigned word_of<float>(const float* v) {
+  unsigned word;
+  memcpy(&word, v, sizeof word);
+  return word;
+}
+template <> __device__ __forceinline__ unsigned word_of<__nv_bfloat16>(const float* v) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(v[0], v[1]);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+template <> __device__ __forceinline__ unsigned word_of<__half>(const float* v) {
+  const __half2 pair = __floats2half2_rn(v[0], v[1]);
+  unsigned word;
+  memcpy(&word, &pair, sizeof word);
+  return word;
+}
+
 // kCount neighbours as they lie in memory, in pieces of at most 16 bytes; aligned to the piece.
 template <class T, int kCount>
 struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Pack {
@@ -63,13 +106,26 @@ __device__ __forceinline__ Pack<T, kCount> load_pack(const T* p) {
   }
   return pack;
 }
+// To global memory. By instruction: nvcc takes a uint4 apart into four stores where it can keep its parts in registers.
 template <class T, int kCount>
 __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
   constexpr int kBytes = sizeof(T) * kCount;
+#if defined(__CUDA_ARCH__)
+  unsigned w[kBytes / 4];
+  memcpy(w, &pack, kBytes);
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kBytes / 16; ++i)
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(reinterpret_cast<uint4*>(p) + i), "r"(w[4 * i]), "r"(w[4 * i + 1]),
+                   "r"(w[4 * i + 2]), "r"(w[4 * i + 3]) : "memory");
+  } else {
+    static_assert(kBytes == 8);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+  }
+#else
   if constexpr (kBytes % 16 == 0) {
     uint4 raw[kBytes / 16];
     memcpy(raw, &pack, kBytes);
-#pragma unroll
     for (int i = 0; i < kBytes / 16; ++i) reinterpret_cast<uint4*>(p)[i] = raw[i];
   } else {
     static_assert(kBytes == 8);
@@ -77,6 +133,7 @@ __device__ __forceinline__ void store_pack(T* p, const Pack<T, kCount>& pack) {
     memcpy(&raw, &pack, kBytes);
     *reinterpret_cast<uint2*>(p) = raw;
   }
+#endif
 }
 
 }  // namespace cobra
