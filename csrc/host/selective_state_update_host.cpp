@@ -15,7 +15,7 @@ StateStride strides(const py::array& t, const char* name, bool multi_head, bool 
   return s;
 }
 
-void update(const py::array& state, const py::array& x, const py::array& dt, const py::array& A, const py::array& B, const py::array& C,
+void update(const std::string& device, const py::array& state, const py::array& x, const py::array& dt, const py::array& A, const py::array& B, const py::array& C,
             const OptionalArray& D, const OptionalArray& z, const OptionalArray& dt_bias, bool dt_softplus, const OptionalArray& indices,
             const py::array& out) {
   SelectiveStateUpdateParams p{};
@@ -53,8 +53,7 @@ void update(const py::array& state, const py::array& x, const py::array& dt, con
   }
   p.out = pointer(out);
   p.out_stride = strides(out, "out", heads, true, false);
-  const py::gil_scoped_release unlocked;
-  selective_state_update_cpu(p, parallel());
+  run(device, p, &selective_state_update_cpu, &selective_state_update_cuda);
 }
 
 const Room room([](py::module_& m) { m.def("selective_state_update", &update); });

@@ -2,6 +2,7 @@
 #pragma once
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/rows.h"
 
 namespace cobra {
 
@@ -33,14 +34,17 @@ struct SelectiveStateUpdateParams {
   void* out;            // (batch, heads, dim)
 };
 
-// Row of the pool that `batch` owns, or -1 for padding. A row beyond the pool is clamped: wrong numbers, no stray access.
-inline int64_t pool_row(const SelectiveStateUpdateParams& p, int64_t batch) {
+// Row of the pool that an index names: -1 for padding; clamped beyond the pool, which gives wrong numbers but no stray access.
+COBRA_HOST_DEVICE int64_t pool_row(const SelectiveStateUpdateParams& p, int64_t index) { return index < 0 ? -1 : index < p.pool ? index : p.pool - 1; }
+inline int64_t pool_row_of(const SelectiveStateUpdateParams& p, int64_t batch) {
   if (!p.indices) return batch;
   const int64_t at = batch * p.indices_stride;
-  const int64_t row = p.indices_dtype == DType::kInt64 ? static_cast<const int64_t*>(p.indices)[at] : static_cast<const int32_t*>(p.indices)[at];
-  return row < 0 ? -1 : row < p.pool ? row : p.pool - 1;
+  return pool_row(p, p.indices_dtype == DType::kInt64 ? static_cast<const int64_t*>(p.indices)[at] : static_cast<const int32_t*>(p.indices)[at]);
 }
 
 void selective_state_update_cpu(const SelectiveStateUpdateParams&, const Parallel&);
+
+// `stream` is a cudaStream_t. Returns 0 or the cudaError_t of the launch.
+int selective_state_update_cuda(const SelectiveStateUpdateParams&, void* stream);
 
 }  // namespace cobra

@@ -1,4 +1,4 @@
-// selective_state_update_fwd of torch.ops.cobra_kernels, for CPU tensors.
+// selective_state_update_fwd of torch.ops.cobra_kernels, for CPU and CUDA tensors.
 #include <algorithm>
 #include <vector>
 
@@ -138,6 +138,21 @@ Tensor fwd_cpu(const Tensor& state, const Tensor& x, const Tensor& dt, const Ten
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) { m.impl("selective_state_update_fwd", TORCH_BOX(&fwd_cpu)); }
+
+#if defined(COBRA_WITH_CUDA)
+CallCounter cuda_calls("selective_state_update", "cuda");
+
+Tensor fwd_cuda(const Tensor& state, const Tensor& x, const Tensor& dt, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
+                const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus, const OptionalTensor& state_batch_indices) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Update call(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices);
+  check_launch(selective_state_update_cuda(call.p, current_stream(x, kOp)), kOp);
+  cuda_calls.add();
+  return call.out;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) { m.impl("selective_state_update_fwd", TORCH_BOX(&fwd_cuda)); }
+#endif
 
 }  // namespace
 }  // namespace cobra

@@ -146,7 +146,7 @@ void update_tile(const SelectiveStateUpdateParams& p, int64_t batch, int64_t hea
   const int64_t channels = std::min(kChannels, p.dim - d0);
   const int64_t out_at = offset(p.out_stride, batch, head, d0);
   Tile<T> tile;
-  const int64_t row = pool_row(p, batch);
+  const int64_t row = pool_row_of(p, batch);
   if (row < 0) return store_row(p.out, p.x_dtype, out_at, p.out_stride.dim, tile.x, channels);
 
   const auto read = [&](T* dst, const void* src, DType dtype, const StateStride& s) {

@@ -7,9 +7,9 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_given, check_index, name_of, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
-from ...library import OPS, define
+from ...library import OPS, define, implement
 from . import reference
 
 OP = "selective_state_update"
@@ -40,7 +40,7 @@ def selective_state_update(
         state: (batch, dim, dstate) [(batch, heads, dim, dstate)], **written in place**: computed in fp32, stored with
             round-to-nearest in its own dtype. With state_batch_indices: (pool, ...).
         x, dt: (batch, dim) [(batch, heads, dim)].
-        A: (dim, dstate) [(heads, dim, dstate)]; where its stride along dstate is 0, one exponential serves a channel.
+        A: (dim, dstate) [(heads, dim, dstate)]; on a CPU, where its stride along dstate is 0, one exponential serves a channel.
         B, C: (batch, dstate) or (batch, groups, dstate) [the latter only]. Channel d reads group d // (dim // groups)
             [head h reads group h // (heads // groups)].
         D: (dim,) [(heads, dim)]; no skip connection when absent.
@@ -184,15 +184,16 @@ def _check_rows(rows: list[int], pool: int) -> None:
         seen.add(row)
 
 
-def _cpu_reason(x: torch.Tensor, A: torch.Tensor) -> str | None:
-    return "complex A is served by reference only" if A.is_complex() else cpu_reason(x)
+def _real(reason):
+    """`reason` of a kernel that reads real A only."""
+    return lambda x, A: "complex A is served by reference only" if A.is_complex() else reason(x)
 
 
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="none (forward only)"),
-    "cpu": Backend(_cpu_reason, gradients="none (forward only)"),
-    "triton": Backend(no_kernel, gradients="none (forward only)"),
-    "cuda": Backend(no_kernel, gradients="none (forward only)"),
+    "cpu": Backend(_real(cpu_reason), gradients="none (forward only)"),
+    "triton": Backend(_real(triton_reason), gradients="none (forward only)"),
+    "cuda": Backend(_real(cuda_reason), gradients="none (forward only)"),
 }
 
 
@@ -203,10 +204,21 @@ def _fwd_fake(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_ind
     return torch.empty_like(x)
 
 
-define(
-    "selective_state_update_fwd(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
-    "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
-    _fwd_fake,
-)
+def _fwd_triton(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices):
+    from . import triton_kernel
 
-_FORWARD = {"cpu": OPS.selective_state_update_fwd.default}
+    count(OP, "triton")
+    return triton_kernel.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
+
+
+for _suffix in ("", "_triton"):
+    define(
+        f"selective_state_update_fwd{_suffix}(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+        "Tensor? dt_bias, bool dt_softplus, Tensor? state_batch_indices) -> Tensor",
+        _fwd_fake,
+    )
+implement("selective_state_update_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
+
+_FORWARD = {name: OPS.selective_state_update_fwd.default for name in ("cpu", "cuda")} | {
+    "triton": OPS.selective_state_update_fwd_triton.default
+}

@@ -1,0 +1,133 @@
+"""selective_state_update's Triton source without a GPU: values in the interpreter (a process of its own), registers by cross-compiling."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+from cobra_kernels.triton_utils import cross_compile  # noqa: E402
+from tests.ops.test_selective_state_update import BF16, F16, F32, Case, in_fp64, make_inputs, run  # noqa: E402
+from tests.tolerances import OUTPUT, relative_error  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Tiny: the interpreter runs each program in Python. On both sides of a block of channels (64 at 16 states) and of states (128).
+CASES = [
+    Case(batch=2),
+    Case(dim=1, dstate=1),
+    Case(dim=7, dstate=3, dtype=BF16),
+    Case(dim=64, dtype=F16, state_dtype=F32),
+    Case(dim=9, dstate=128, batch=1),
+    Case(dim=9, dstate=257, batch=1),
+    Case(dtype=BF16, state_dtype=F32, weight_dtype=F16, dim=20),
+    Case(D=False, z=False, dt_bias=False, dt_softplus=False, dim=5),
+    Case(dim=20, groups=5),
+    Case(heads=4, dim=9, groups=2, dstate=5),
+    Case(heads=4, dim=9, groups=2, indices=torch.int32, state_dtype=BF16, tie=True),
+    Case(dim=17, batch=5, indices=torch.int64),
+    *(Case(dim=17, dstate=6, layout=x) for x in ("transposed", "sliced", "unaligned")),
+    Case(batch=0),
+    Case(dim=0),
+]
+
+
+def limit_of(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """As test_selective_state_update's. The interpreter cuts fp32 to bf16 instead of rounding it, which a GPU does: twice the error."""
+    rounding = relative_error(expected.to(got.dtype), expected)
+    return max(OUTPUT[got.dtype], 1.05 * rounding) * (2 if got.dtype == BF16 else 1)
+
+
+def interpreted() -> None:
+    """In a process with TRITON_INTERPRET=1: prints one JSON line per case, result -> [error, limit]."""
+    for case in CASES:
+        tensors = make_inputs(case)
+        if case.indices is not None:
+            tensors["x"][-1] = float("nan")  # padding may hold anything
+        got, expected = run(tensors, "triton"), run(in_fp64(tensors), "reference")
+        print(json.dumps({case.id: {n: [relative_error(g, e), limit_of(g, e)] for n, g, e in zip(("out", "state"), got, expected)}}))
+    # Nothing but padding, and a pool without rows; a step from which softplus and its bits can be read.
+    tensors = make_inputs(Case(batch=2, dim=5, indices=torch.int64)) | {"state_batch_indices": torch.tensor([-1, -7])}
+    tensors["state"] = tensors["state"][:0]
+    print(json.dumps({"padding": {"out": [run(tensors, "triton")[0].abs().max().item(), 0.0]}}))
+    raw = torch.tensor([[-200.0, -80.0, -17.5, -3.2, -1e-3, 0.0, 1e-3, 3.2, 19.9, 20.1, 100.0, 1e4]])
+    state, one = torch.zeros(1, 12, 1), torch.ones(1, 12)
+    tensors = {"state": state, "x": one, "dt": raw, "A": torch.zeros(12, 1), "B": one[:, :1], "C": one[:, :1], "dt_softplus": True}
+    step = run(tensors, "triton")[0]
+    wide = raw.double()
+    expected = torch.where(wide > 20, wide, torch.log1p(torch.exp(wide)))
+    print(json.dumps({"softplus": {"worst": [((step - expected).abs() / expected.clamp(min=1e-37)).max().item(), 6e-7]}}))
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """case -> result -> [error, limit], from one interpreter process."""
+    code = "from tests.ops.test_selective_state_update_triton import interpreted; interpreted()"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results: dict[str, dict] = {}
+    for line in done.stdout.splitlines():
+        results.update(json.loads(line))
+    return results
+
+
+@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "softplus"])
+def test_interpreter(errors, case):
+    wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
+    assert not wrong, f"result: [relative error, limit]: {wrong}"
+
+
+# --- registers -------------------------------------------------------------------------------------------------------
+
+
+def signature(state_dtype: str, dim: int, dstate: int, flags: bool):
+    """(kernel, arguments, warps) as a launch on plain tensors would specialise them."""
+    from cobra_kernels.ops.selective_state_update import triton_kernel
+
+    config = triton_kernel._config(dim, dstate)
+    warps = config.pop("num_warps")
+    kernel = triton_kernel._update_kernel
+    arguments = []
+    for name in kernel.arg_names:
+        if name in config:
+            kind = ("constexpr", config[name])
+        elif name.startswith("HAS_") or name == "SOFTPLUS":
+            kind = ("constexpr", flags)
+        elif name.endswith("_state") or name in ("x_dim", "dt_dim", "z_dim", "out_dim", "D_dim", "bias_dim", "indices_stride"):
+            kind = ("constexpr", 1)  # contiguous
+        elif name == "state":
+            kind = state_dtype
+        elif name in ("A", "D", "dt_bias"):
+            kind = "*fp32"
+        elif name in ("x", "dt", "B", "C", "z", "out"):
+            kind = "*bf16"
+        else:
+            kind = "*i32" if name == "indices" else "i64"
+        arguments.append((name, kind))
+    return kernel, arguments, warps
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("state_dtype, dim, dstate, flags", [("*fp32", 5120, 16, True), ("*bf16", 64, 256, False)])
+def test_cross_compiled_without_spills(state_dtype, dim, dstate, flags, capability, tmp_path):
+    """No stack, which is where a spill would go."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        pytest.skip("this triton carries no cuobjdump")
+    function, arguments, warps = signature(state_dtype, dim, dstate, flags)
+    compiled = cross_compile(function, arguments, capability, warps)
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    assert figures["STACK"] == figures["LOCAL"] == 0, f"spills on sm_{capability}: {figures}"
+    assert 0 < figures["REG"] <= 255
