@@ -29,4 +29,7 @@ struct CausalConv1dFwdParams {
 
 void causal_conv1d_fwd_cpu(const CausalConv1dFwdParams&, const Parallel&);
 
+// `stream` is a cudaStream_t. Returns 0 or the cudaError_t of the launch.
+int causal_conv1d_fwd_cuda(const CausalConv1dFwdParams&, void* stream);
+
 }  // namespace cobra

@@ -1,4 +1,4 @@
-// causal_conv1d_fwd of torch.ops.cobra_kernels, for CPU tensors.
+// causal_conv1d_fwd of torch.ops.cobra_kernels, for CPU and CUDA tensors.
 #include <tuple>
 
 #include "causal_conv1d/causal_conv1d.h"
@@ -75,6 +75,22 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& x, const Tensor& weight, const 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) { m.impl("causal_conv1d_fwd", TORCH_BOX(&fwd_cpu)); }
+
+#if defined(COBRA_WITH_CUDA)
+CallCounter fwd_cuda_calls("causal_conv1d", "cuda");
+
+std::tuple<Tensor, Tensor> fwd_cuda(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& seq_idx,
+                                    const OptionalTensor& initial_states, bool return_final_states, bool silu,
+                                    const OptionalTensor& cu_seqlens) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Forward call(x, weight, bias, seq_idx, initial_states, return_final_states, silu, cu_seqlens);
+  check_launch(causal_conv1d_fwd_cuda(call.p, current_stream(x, kOp)), kOp);
+  fwd_cuda_calls.add();
+  return {call.y, call.final_states};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) { m.impl("causal_conv1d_fwd", TORCH_BOX(&fwd_cuda)); }
+#endif
 
 }  // namespace
 }  // namespace cobra

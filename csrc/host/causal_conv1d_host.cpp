@@ -9,7 +9,7 @@ CausalConv1dFwdParams::Stride strides(const py::array& t, const char* name) {
   return {stride_of(t, 0, name), stride_of(t, 1, name), stride_of(t, 2, name)};
 }
 
-void forward(const py::array& x, const py::array& weight, const OptionalArray& bias, const OptionalArray& seq_idx,
+void forward(const std::string& device, const py::array& x, const py::array& weight, const OptionalArray& bias, const OptionalArray& seq_idx,
              const OptionalArray& initial_states, bool silu, const OptionalArray& cu_seqlens, const py::array& y,
              const OptionalArray& final_states) {
   CausalConv1dFwdParams p{};
@@ -50,8 +50,7 @@ void forward(const py::array& x, const py::array& weight, const OptionalArray& b
   p.y = pointer(y);
   p.y_stride = strides(y, "y");
   if (final_states) p.final_states = pointer(*final_states);
-  const py::gil_scoped_release unlocked;
-  causal_conv1d_fwd_cpu(p, parallel());
+  run(device, p, &causal_conv1d_fwd_cpu, &causal_conv1d_fwd_cuda);
 }
 
 const Room room([](py::module_& m) { m.def("causal_conv1d", &forward); });

@@ -9,7 +9,7 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
-DEVICES = ("cpu",)
+DEVICES = ("cuda", "cpu")
 BOTH = ("contiguous", "transposed")  # time, or channels, side by side in memory
 
 
@@ -31,6 +31,9 @@ class Case(NamedTuple):
     packed: tuple[int, ...] | None = None  # cu_seqlens; batch is 1
     seq_idx: bool = False
     index: str = "i4"
+    y_layout: str = ""  # empty: as x
+    one_weight: bool = False  # a channel's taps are one element, its stride along width is 0
+    max_grid_x: int = 0  # 0: as the GPU
 
     @property
     def id(self) -> str:
@@ -61,8 +64,37 @@ CASES = [
     *(Case(seq_idx=True, index=n, layout=x, dtype=d, width=w)
       for n, d, w in (("i4", "fp32", 4), ("i8", "fp16", 4), ("i4", "fp64", 1), ("i4", "fp32", 9)) for x in (*BOTH, "strided")),
     *(Case(seq_idx=True, dim=2, seqlen=1025, layout=x) for x in BOTH),
+    # CUDA, channels in whole packs: one to two blocks of them, around the 8 to 32 steps of a thread, everything that changes a window.
+    *(Case(dim=dim, seqlen=n, layout="transposed", dtype=d) for dim in (8, 40, 264) for n in (1, 3, 9, 33) for d in ("fp32", "bf16")),
+    Case(dim=256, seqlen=300, layout="transposed", dtype="bf16", final=True),
+    *(Case(dim=40, layout="transposed", width=w, dtype=d, initial=i, final=True, silu=w != 4)
+      for w in (1, 2, 4, 5, 8) for d in ("fp32", "fp16") for i in (False, True)),
+    *(Case(dim=40, layout="transposed", dtype=d, weight_dtype=w) for d in ("fp32", "bf16") for w in ("fp32", "bf16", "fp16")),
+    *(Case(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", dtype=d, initial=i, width=w, index=n)
+      for d, w, n in (("fp32", 4, "i4"), ("bf16", 4, "i8"), ("fp32", 7, "i4")) for i in (False, True)),
+    *(Case(dim=40, seq_idx=True, layout="transposed", dtype=d, width=w, index=n)
+      for d, w, n in (("fp32", 4, "i8"), ("bf16", 4, "i4"), ("fp16", 6, "i4"))),
+    *(Case(dim=40, layout=x, dtype=d) for x in ("padded", "sliced", "unaligned") for d in ("fp32", "bf16")),
+    # CUDA, time in granules of 8: rows at every alignment, several rounds and chunks of a row, y aligned as x and not.
+    *(Case(dim=9, seqlen=n, dtype=d, layout=x, y_layout=y)
+      for n in (5, 8, 31, 65, 263, 301) for d in ("fp32", "bf16") for x, y in (("contiguous", ""), ("unaligned", "contiguous"), ("contiguous", "sliced"))),
+    *(Case(batch=1, dim=3, seqlen=4211, dtype=d, layout=x, y_layout="contiguous", initial=True, final=True, width=w)
+      for d, x, w in (("bf16", "contiguous", 4), ("fp16", "unaligned", 4), ("fp32", "unaligned", 6))),
+    *(Case(dim=11, seqlen=n, dtype=d, initial=True, final=True, layout=x)
+      for n in (2, 9, 40) for d, x in (("bf16", "contiguous"), ("fp32", "unaligned"))),
+    *(Case(batch=1, dim=3, seqlen=2100, packed=(0, 3, 700, 700, 1999, 2001), dtype=d, layout=x, y_layout="contiguous", initial=i)
+      for d, x, i in (("bf16", "contiguous", True), ("fp16", "unaligned", False))),
+    Case(dim=3, seqlen=600, seq_idx=True, dtype="bf16", layout="unaligned", y_layout="contiguous"),
+    *(Case(layout=x, y_layout=y, dtype="bf16", dim=16) for x in BOTH for y in ("contiguous", "transposed", "strided")),
+    Case(batch=1, dim=35, seqlen=1, layout="transposed"),  # packs would stick out of a single row
+    *(Case(dim=40, layout=x, one_weight=True) for x in BOTH),
+    *(Case(batch=1, dim=40, seqlen=12, packed=p, layout=x, initial=True, final=True)
+      for p in ((-5, 40), (3, 1, 99), (10, 0), (0, 4, 2, 10)) for x in (*BOTH, "strided")),
+    # CUDA: more work than blocks.
+    *(Case(dim=dim, seqlen=100, layout=x, final=True, initial=True, max_grid_x=2) for dim in (35, 40) for x in BOTH),
+    Case(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", initial=True, final=True, max_grid_x=2),
 ]  # fmt: skip
-SANITIZED = CASES
+SANITIZED = [case for i, case in enumerate(CASES) if case.dim * case.seqlen <= 3000 or i % 5 == 0]
 
 
 def expected_conv(x, weight, bias, silu, initial):
@@ -74,6 +106,8 @@ def expected_conv(x, weight, bias, silu, initial):
 
 def check(host, case: Case, device: str) -> None:
     """One convolution against fp64, inputs unchanged, guards whole, outputs written."""
+    if device == "cuda" and case.dtype == "fp64":
+        return  # served by cpu and reference only
     rng = np.random.default_rng(0)
     shape, past = (case.batch, case.dim, case.seqlen), case.width - 1
     states = (case.batch if case.packed is None else len(case.packed) - 1, case.dim, past)
@@ -82,18 +116,25 @@ def check(host, case: Case, device: str) -> None:
         return Tensor(shape, dtype or case.dtype, case.layout, rng.standard_normal(shape))
 
     inputs = {"x": make(shape, ""), "weight": make((case.dim, case.width), case.weight_dtype)}
+    if case.one_weight:
+        inputs["weight"].array = np.broadcast_to(inputs["weight"].array[:, :1], (case.dim, case.width))
     inputs["bias"] = make((case.dim,), case.weight_dtype) if case.bias else None
     inputs["initial"] = make(states, case.state_dtype) if case.initial else None
-    y = Tensor(shape, case.dtype, "contiguous" if case.layout == "expanded" else case.layout)
+    y = Tensor(shape, case.dtype, case.y_layout or ("contiguous" if case.layout == "expanded" else case.layout))
     final = Tensor(states, case.dtype) if case.final else None
     cu_seqlens = None if case.packed is None else np.array(case.packed, case.index)
     seq_idx = np.repeat(rng.integers(-1, 3, (case.batch, case.seqlen)), 5, axis=1)[:, : case.seqlen] if case.seq_idx else None
     seq_idx = None if seq_idx is None else seq_idx.astype(case.index)
 
     array = {name: None if t is None else t.array for name, t in inputs.items()}
-    host.causal_conv1d(array["x"], array["weight"], array["bias"], seq_idx, array["initial"], case.silu, cu_seqlens, y.array,
+    host.causal_conv1d(device, array["x"], array["weight"], array["bias"], seq_idx, array["initial"], case.silu, cu_seqlens, y.array,
                        None if final is None else final.array)  # fmt: skip
 
+    if case.packed and (list(case.packed) != sorted(case.packed) or not 0 <= case.packed[0] <= case.packed[-1] <= case.seqlen):
+        y.check_guards("y")  # bad boundaries are clamped: wrong numbers, every one of them written, no access outside a tensor
+        final.check_guards("final_states")
+        assert np.isfinite(y.values()).all() and np.isfinite(final.values()).all()
+        return
     x, weight = inputs["x"].values(), inputs["weight"].values()
     bias = inputs["bias"].values() if case.bias else np.zeros(case.dim)
     initial = inputs["initial"].values() if case.initial else np.zeros(states)
@@ -127,7 +168,7 @@ def check_large_strides(host, device: str) -> None:
         at = view(x)
         weight, initial = rng.standard_normal((at.shape[1], 3)).astype(np.float32), np.zeros((at.shape[1], 2))
         y[...] = np.nan
-        host.causal_conv1d(at, weight, None, None, None, True, None, view(y), None)
+        host.causal_conv1d(device, at, weight, None, None, None, True, None, view(y), None)
         expected = np.stack([expected_conv(row, weight, np.zeros(len(row)), True, initial)[0] for row in at.astype(np.float64)])
         error = np.linalg.norm(view(y) - expected) / np.linalg.norm(expected)
         assert error <= harness.OUTPUT["fp16"] * 1.5, f"relative error {error:.2e} with {what} 2^31 + 64 elements apart"

@@ -7,7 +7,7 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
@@ -169,7 +169,7 @@ BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
     "cpu": Backend(cpu_reason, gradients="the reference's formula in torch (no fused kernel)"),
     "triton": Backend(no_kernel, gradients="none"),
-    "cuda": Backend(no_kernel, gradients="none"),
+    "cuda": Backend(cuda_reason, gradients="the reference's formula in torch (no fused kernel)"),
 }
 
 
@@ -211,7 +211,7 @@ define(f"causal_conv1d_bwd({_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _
 implement("causal_conv1d_bwd", _bwd, "CompositeExplicitAutograd")
 first_order_only("causal_conv1d_bwd")
 
-_FORWARD = {"cpu": OPS.causal_conv1d_fwd.default}
+_FORWARD = {name: OPS.causal_conv1d_fwd.default for name in ("cpu", "cuda")}
 
 
 def _differentiable(x, weight, bias, seq_idx, initial_states, return_final_states, silu, cu_seqlens, backend):
