@@ -44,8 +44,8 @@ sanitize: setup  ## CPU and CUDA kernels on a CPU under ASan, UBSan and TSan
 	$(PY) csrc/build.py asan tsan
 	$(PY) tests/simt/run_sanitized.py
 
-nvcc-check: setup  ## every CUDA kernel for every architecture against csrc/nvcc_table.tsv; zero spills [UPDATE=1] [ARCHS="80 90a"]
-	@ARCHS="$(ARCHS)" UPDATE="$(UPDATE)" $(PY) csrc/build.py nvcc-check
+nvcc-check: setup  ## every CUDA kernel for every architecture against csrc/nvcc_table.tsv; zero spills [ROOM=<op>] [UPDATE=1] [ARCHS="80 90a"]
+	@ARCHS="$(ARCHS)" ROOM="$(ROOM)" UPDATE="$(UPDATE)" $(PY) csrc/build.py nvcc-check
 
 sass: setup  ## KERNEL=<name>: issue slots, MUFU and bytes of a kernel's inner loops, from its disassembly [ARCH=90a] [ELEMENTS=n]
 	@test -n "$(KERNEL)" || { echo "usage: make sass KERNEL=rms_norm_fwd_vector_kernel [ARCH=90a] [ELEMENTS=32]"; exit 2; }

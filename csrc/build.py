@@ -374,9 +374,9 @@ def cubins(nvcc: str, archs: list[str], sources: list[Path]) -> dict[tuple[Path,
     return objects
 
 
-def measure_kernels(nvcc: str, archs: list[str]) -> Figures:
-    """Compiles what changed and reads the figures of every kernel."""
-    sources = sorted(CSRC.glob("**/*.cu"))
+def measure_kernels(nvcc: str, archs: list[str], room: str = "*") -> Figures:
+    """Compiles what changed and reads the figures of every kernel, or of one room's."""
+    sources = sorted(CSRC.glob(f"{room}/*.cu"))
     objects = cubins(nvcc, archs, sources)
     figures: Figures = {}
     for source in sources:
@@ -457,19 +457,25 @@ def print_figures(figures: Figures, archs: list[str]) -> None:
 
 
 def nvcc_check() -> str:
-    """Compiles every .cu for every architecture ($ARCHS narrows them) and compares with the committed table. UPDATE=1 writes it."""
+    """Compiles every .cu for every architecture and compares with the committed table. $ARCHS and $ROOM narrow it, UPDATE=1 writes
+    the table (of that room)."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise BuildError("nvcc-check: nvcc not found in $CUDA_HOME/bin or on PATH")
     archs = os.environ.get("ARCHS", "").split() or ALL_ARCHS
+    room = os.environ.get("ROOM") or "*"
+    if room != "*" and not any(CSRC.glob(f"{room}/*.cu")):
+        raise BuildError(f"nvcc-check: ROOM is {room}, which has no .cu file")
     unknown = [arch for arch in archs if arch not in ALL_ARCHS]
     update = os.environ.get("UPDATE") == "1"
     if unknown or update and archs != ALL_ARCHS:
         raise BuildError(f"nvcc-check: ARCHS is {' '.join(archs)}, expected some of {' '.join(ALL_ARCHS)} (and all of them with UPDATE=1)")
     start = time.monotonic()
-    figures, version = measure_kernels(nvcc, archs), nvcc_version(nvcc)
+    figures, version = measure_kernels(nvcc, archs, room), nvcc_version(nvcc)
     print_figures(figures, archs)
-    table_version, committed = read_table(TABLE)
+    table_version, table = read_table(TABLE)
+    others = {key: value for key, value in table.items() if room not in ("*", key[0].split("/")[0])}
+    committed = {key: value for key, value in table.items() if key not in others}
     if update:
         table_version, committed = version, figures
     failures, remarks = compare_figures(figures, committed, archs, version == table_version)
@@ -480,7 +486,7 @@ def nvcc_check() -> str:
     if failures:
         raise BuildError("nvcc-check:\n  " + "\n  ".join(failures) + f"\n{HOW_TO_UPDATE}")
     if update:
-        write_table(figures, version, TABLE)
+        write_table({**others, **figures}, version, TABLE)
     seconds = time.monotonic() - start
     return f"nvcc-check: {len(figures)} kernels x {len(archs)} images, no spill, as in {TABLE.relative_to(ROOT)}, {seconds:.0f} s"
 

@@ -4,6 +4,7 @@ instrument passes one of them, a wrong one none."""
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -196,6 +197,24 @@ def test_records_append_load_and_latest(tmp_path):
         records.load(path)
 
 
+def test_adopt_files_records_by_device_and_op(tmp_path, capsys):
+    from benchmarks.__main__ import main
+
+    cpu = a_record(environment={"device": "AMD EPYC 7", "cores": 2})
+    gpu = a_record(op="other", environment={"device": "NVIDIA H200", "cores": 16, "driver": "580"})
+    records.append([cpu, gpu, gpu], tmp_path / "all.jsonl")
+    assert main(["adopt", str(tmp_path / "all.jsonl"), "--results", str(tmp_path / "results")]) == 0
+    assert len(records.load(tmp_path / "results" / "amd-epyc-7-2-cores" / "rms_norm.jsonl")) == 1
+    assert len(records.load(tmp_path / "results" / "nvidia-h200" / "other.jsonl")) == 2
+
+
+def test_no_bench_is_begun_without_time(capsys):
+    from benchmarks.__main__ import main
+
+    assert main(["--quick", "--only", "rms_norm", "--no-record", "--within", "5"]) == 1
+    assert "no time left" in capsys.readouterr().out
+
+
 def test_committed_records_load_and_carry_their_environment():
     for path in records.RESULTS.glob("*/*.jsonl"):
         for record in records.load(path):
@@ -253,6 +272,14 @@ def test_harness_imports_neither_cobra_nor_a_backend():
     assert subprocess.run([sys.executable, "-c", code], cwd=environment.ROOT, check=False).returncode == 0
 
 
+def test_the_gpu_floor_counts_what_its_kernel_computes():
+    from benchmarks import roofline
+
+    text = (environment.ROOT / "csrc/roof/roof.h").read_text()
+    threads, chains = (int(re.search(rf"{name} = (\d+)", text)[1]) for name in ("kExp2Threads", "kExp2Chains"))
+    assert roofline.CUDA_EXP_PER_ITERATION == threads * chains
+
+
 def test_exp_floor_counts_what_it_computes():
     from benchmarks import roofline
     from cobra_kernels import extension
@@ -272,7 +299,7 @@ def test_roof_fraction_comes_from_paired_rounds():
     op, peak = a_timing([4.0] * 9, "op"), a_timing([2.0] * 9, "roof matmul")
     assert roof.judge(op, {"roof matmul": peak, "op": op}) == (1.0, 0.25)
     assert roofline.roof_for("", Cost(1)).judge(op, {}) == (None, None)
-    assert roofline.roof_for("matmul", Cost(0, flops=4 * roofline.MATMUL_SIZE**3)).scale == 2
+    assert roofline.roof_for("matmul", Cost(0, flops=2 * roofline.matmul_flops())).scale == 2
     with pytest.raises(ValueError, match="expected one of"):
         roofline.roof_for("datasheet", Cost(1))
 
@@ -285,3 +312,29 @@ def test_command_line_lists_benches_and_refuses_strangers(capsys):
     with pytest.raises(SystemExit):
         main(["room", "no_such_room"])
     assert "'no_such_room' has no bench" in capsys.readouterr().err
+
+
+def test_gpu_questions_divide_rightly():
+    from benchmarks import gpu_questions as questions
+
+    text = (environment.ROOT / "csrc/roof/roof.h").read_text()
+    names = re.search(r"enum class Probe : int32_t \{(.*?)\}", text)[1].split(",")
+    assert len(names) == len(questions.PROBES)
+
+    def run(probe, chains, warps, iterations):  # an imaginary unit: latency 24, one instruction in 8 clocks per scheduler
+        return [max(24, 8 * chains * warps) * iterations] * (4 * warps)
+
+    answers = {(a.probe, a.warps, a.chains): a for a in questions.ask(run, repeats=1)}
+    assert answers["ex2", 1, 1].clocks_of_a_warp == 24
+    assert answers["ex2", 4, 4].clocks_per_instruction == 8 and answers["ex2", 4, 4].lanes_per_clock == 16
+    rows = questions.rows(list(answers.values()), 2000, 100)
+    assert len(rows) == len(questions.PROBES) * len(questions.SETTINGS)
+    bf16 = answers["mma bf16", 4, 4]  # 2048 multiply-adds x 4 schedulers / 8 clocks x 2 GHz x 100
+    assert float(rows[list(answers.values()).index(bf16)][-1]) == pytest.approx(2 * 2048 * 4 / 8 * 2e9 * 100 * 1e-12, rel=0.01)
+
+
+def test_gpu_questions_say_what_they_need(capsys, monkeypatch):
+    from benchmarks import gpu_questions
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_questions.main([]) == 2 and "needs a CUDA device" in capsys.readouterr().out

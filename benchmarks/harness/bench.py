@@ -135,13 +135,14 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
     if not providers:
         return
     reset_call_counts()
+    synchronize = torch.cuda.synchronize if torch.device(args.device).type == "cuda" else lambda: None
     # The very first call of each provider, where compilation and lazy set-up land.
     first_calls: dict[str, float] = {}
     expected = None
     for provider in list(providers):
         inputs = (provider.make_inputs or case.make_inputs)(0)
         results: list[Any] = []
-        first_calls[provider.name] = CpuTimer()(lambda p=provider, i=inputs, r=results: r.append(p.call(*i)))
+        first_calls[provider.name] = CpuTimer()(lambda p=provider, i=inputs, r=results: (r.append(p.call(*i)), synchronize()))
         result = results.pop()
         if not provider.comparable:
             continue
@@ -159,6 +160,9 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
         device=args.device,
     )  # fmt: skip
     counts = call_counts()
+    clock = roofline.running_clock_mhz(args.device)
+    if clock is not None:
+        environment = {**environment, "sm_clock_mhz_in_run": clock}
     for provider in providers:
         if provider.name in BACKENDS and not counts.get((op, provider.name)):
             bench.wrong.append(f"{case.title}: backend {provider.name} never ran, something else was timed")
@@ -246,10 +250,11 @@ def run_bench(op: str, make_cases: Callable[[argparse.Namespace], Iterable[Case]
     last = store.latest(store.load(path))
     bench = Bench()
     for case in cases:
+        done = len(bench.records)
         run_case(op, case, args, bench, environment)
+        if args.json:  # as it goes: what is measured outlives a run that is ended
+            store.append(bench.records[done:], args.json)
     show(op, bench, last, environment)
-    if args.json:
-        store.append(bench.records, args.json)
     if args.record:
         store.append(bench.records, path)
         print(f"recorded: {path.relative_to(store.ROOT)}")

@@ -97,12 +97,15 @@ def device_name(device: str = "cpu") -> str:
     return " ".join([name, *(f"{k} {m.group(1)}" for k, m in zip(("family", "model"), ids) if m)])
 
 
-def device_slug(device: str = "cpu") -> str:
-    """Folder name of the records of this device: "amd-epyc-family-25-model-1-2-cores"."""
-    name = device_name(device).lower().replace("(r)", "").replace("(tm)", "").split("@")[0]
-    if device == "cpu":
-        name += f" {os.cpu_count()} cores"
+def slug(name: str, cores: int | None = None) -> str:
+    """Folder name of a device; of a CPU with its cores."""
+    name = name.lower().replace("(r)", "").replace("(tm)", "").split("@")[0] + (f" {cores} cores" if cores else "")
     return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+
+
+def device_slug(device: str = "cpu") -> str:
+    """Folder name of the records of this device: "amd-epyc-family-25-model-1-2-cores", "nvidia-h200"."""
+    return slug(device_name(device), os.cpu_count() if device == "cpu" else None)
 
 
 def command_line() -> str:

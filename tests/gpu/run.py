@@ -263,7 +263,7 @@ def bench(session: Session, out: Path, peers: Path | None) -> int:
         session.step("peers", [PYTHON, "-m", "benchmarks.peers", "build", str(peers)], threads)
         threads["COBRA_BENCH_PEERS"] = str(peers.resolve())
     if not session.rehearse:
-        session.step("questions", [PYTHON, "-m", "benchmarks.gpu_questions"], threads)
+        session.step("questions", [PYTHON, "-m", "benchmarks.gpu_questions", "--file", str(out / "questions.json")], threads)
     left = int(session.deadline - time.monotonic())
     quick = ["--quick", "--only", "rms_norm"] if session.rehearse else []
     command = [PYTHON, "-m", "benchmarks", "--device", device, "--file", str(out / "results.jsonl"), "--within", str(left), *quick]

@@ -98,10 +98,33 @@ def test_the_table_comes_back_as_it_was_written(tmp_path):
     assert build.read_table(tmp_path / "absent.tsv") == ("", {})
 
 
-@pytest.mark.parametrize("environment, message", [({"ARCHS": "80 70"}, "expected some of"), ({"ARCHS": "80", "UPDATE": "1"}, "all of them with UPDATE")])
+@pytest.mark.parametrize("environment, message", [({"ARCHS": "80 70"}, "expected some of"), ({"ARCHS": "80", "UPDATE": "1"}, "all of them with UPDATE"), ({"ROOM": "nowhere"}, "has no .cu")])
 def test_architectures_are_checked(environment, message, monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(build.BuildError, match=message):
         build.nvcc_check()
+
+
+def test_one_room_is_compared_and_updated_alone(tmp_path, monkeypatch):
+    everywhere = {arch: figures() for arch in build.ALL_ARCHS}
+    more = {arch: figures(registers=80) for arch in build.ALL_ARCHS}
+    other = ("other/other_cuda.cu", "kernel")
+    monkeypatch.setattr(build, "TABLE", build.ROOT / "build" / f"{tmp_path.name}.tsv")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(build, "nvcc_version", lambda nvcc: "13.0.88")
+    monkeypatch.setattr(build, "measure_kernels", lambda nvcc, archs, room: {("rms_norm/x.cu", "kernel"): more})
+    monkeypatch.setenv("ROOM", "rms_norm")
+    build.TABLE.parent.mkdir(exist_ok=True)
+    try:
+        build.write_table({other: everywhere, ("rms_norm/x.cu", "kernel"): everywhere}, "13.0.88", build.TABLE)
+        with pytest.raises(build.BuildError, match="registers 64 -> 80"):
+            build.nvcc_check()
+        monkeypatch.setenv("UPDATE", "1")
+        build.nvcc_check()
+        monkeypatch.delenv("UPDATE")
+        assert "1 kernels" in build.nvcc_check()
+        assert build.read_table(build.TABLE)[1].keys() == {other, ("rms_norm/x.cu", "kernel")}
+    finally:
+        build.TABLE.unlink()
