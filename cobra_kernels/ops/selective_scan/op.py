@@ -7,7 +7,7 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_index, name_of, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
@@ -180,7 +180,7 @@ _SLOW_GRADIENTS = "the reference's, in plain torch (slow: no backward kernel)"
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
     "cpu": Backend(_real(cpu_reason), gradients=_SLOW_GRADIENTS),
-    "triton": Backend(no_kernel, gradients="none"),
+    "triton": Backend(_real(triton_reason), gradients=_SLOW_GRADIENTS),
     "cuda": Backend(_real(cuda_reason), gradients=_SLOW_GRADIENTS),
 }
 
@@ -213,12 +213,21 @@ def _bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
     return tuple(u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads))
 
 
-define(f"selective_scan_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+def _fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+    from . import triton_kernel
+
+    count(OP, "triton")
+    return triton_kernel.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
+
+
+for _suffix in ("", "_triton"):
+    define(f"selective_scan_fwd{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+implement("selective_scan_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
 define(f"selective_scan_bwd(Tensor? dout, Tensor? dlast_state, {_ARGUMENTS}) -> ({_GRADIENTS})", _bwd_fake)
 first_order_only("selective_scan_bwd")
 implement("selective_scan_bwd", _bwd, "CompositeExplicitAutograd")
 
-_FORWARD = {name: OPS.selective_scan_fwd.default for name in ("cpu", "cuda")}
+_FORWARD = {name: OPS.selective_scan_fwd.default for name in ("cpu", "cuda")} | {"triton": OPS.selective_scan_fwd_triton.default}
 
 
 def _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend):
