@@ -39,10 +39,11 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def cross_compile(kernel: Callable, arguments: Sequence[tuple[str, object]], capability: int, num_warps: int):
+def cross_compile(kernel: Callable, arguments: Sequence[tuple[str, object]], capability: int, num_warps: int, divisible: Sequence[str] = ()):
     """Compiles a @triton.jit kernel for a GPU that need not be there and returns triton's compiled kernel.
 
     arguments: name -> a Triton type such as "*bf16", "i64" or "constexpr" values given as ("constexpr", value).
+    divisible: names of pointers and integers that are multiples of 16, as a launch finds most of them to be.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -56,5 +57,6 @@ def cross_compile(kernel: Callable, arguments: Sequence[tuple[str, object]], cap
             constants[position,] = kind[1]
         else:
             signature[name] = kind
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    attributes = {(position,): [["tt.divisibility", 16]] for position, (name, _) in enumerate(arguments) if name in divisible}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "enable_fp_fusion": True})

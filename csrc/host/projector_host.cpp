@@ -1,4 +1,8 @@
-// The projector's passes on contiguous numpy arrays. Outputs are the caller's.
+// The projector's kernels on numpy arrays: contiguous, but for weights, biases and the features of the linear layer. Outputs are
+// the caller's.
+#include <tuple>
+#include <vector>
+
 #include "host/host.h"
 #include "projector/projector.h"
 
@@ -13,21 +17,58 @@ void set_bias(Params& p, const OptionalArray& bias) {
   p.bias_stride = stride_of(*bias, 0, "bias");
 }
 
+// (whole_tiles, split, elements of the workspace) of a layer whose segments are `widths` wide.
+std::tuple<int64_t, int, int64_t> linear_plan_of(int64_t rows, int64_t cols, const std::vector<int64_t>& widths, int64_t multiprocessors) {
+  LinearParams p{};
+  p.rows = rows;
+  p.cols = cols;
+  for (const int64_t width : widths) p.width[p.segments++] = width;
+  linear_plan(p, multiprocessors);
+  return {p.whole_tiles, p.split, linear_workspace(p)};
+}
+
+void linear(const std::vector<py::array>& x, const py::array& weight, const OptionalArray& bias, const py::array& y, bool gelu, int64_t whole_tiles,
+            int split, const OptionalArray& workspace) {
+  LinearParams p{};
+  p.rows = y.shape(0);
+  p.cols = weight.shape(0);
+  p.depth = weight.shape(1);
+  p.gelu = gelu;
+  for (const py::array& segment : x) {
+    const Rows rows(segment);
+    p.shape = rows.shape();
+    p.width[p.segments] = rows.dim();
+    p.x[p.segments] = pointer(segment);
+    rows.add(segment, p.x_stride[p.segments++], "x");
+  }
+  p.dtype = dtype_of(weight, "weight");
+  p.weight = pointer(weight);
+  p.weight_stride = stride_of(weight, 0, "weight");
+  set_bias(p, bias);
+  p.y = pointer(y);
+  p.whole_tiles = whole_tiles;
+  p.split = split;
+  if ((workspace ? workspace->size() : 0) != linear_workspace(p)) throw std::invalid_argument("workspace has another size");
+  if (workspace) p.workspace = pointer(*workspace);
+  run<LinearParams>("cuda", p, nullptr, &projector_linear_cuda);
+}
+
 // `like` gives the dtype that values are rounded to.
-void bias_gelu(const py::array& h, const OptionalArray& bias, const py::array& like) {
+void bias_gelu(const std::string& device, const py::array& h, const OptionalArray& bias, const py::array& y, const py::array& like) {
   BiasGeluParams p{};
   p.rows = h.shape(0);
   p.cols = h.shape(1);
-  p.dtype = dtype_of(h, "h");
+  p.h_dtype = dtype_of(h, "h");
+  p.y_dtype = dtype_of(y, "y");
   p.round_dtype = dtype_of(like, "like");
   p.h = pointer(h);
+  p.y = pointer(y);
   set_bias(p, bias);
-  const py::gil_scoped_release unlocked;
-  projector_bias_gelu_cpu(p, parallel());
+  run(device, p, &projector_bias_gelu_cpu, &projector_bias_gelu_cuda);
 }
 
-void gelu_pool(const py::array& hidden, const OptionalArray& bias, int64_t height, int64_t width, int64_t out_height, int64_t out_width,
-               const py::array& pooled, const py::array& like) {
+void gelu_pool(const std::string& device, const py::array& hidden, const OptionalArray& bias, int64_t height, int64_t width, int64_t out_height,
+               int64_t out_width, const py::array& pooled, const py::array& like, bool gelu) {
   GeluPoolParams p{};
   p.batch = hidden.shape(0);
   p.height = height;
@@ -36,15 +77,17 @@ void gelu_pool(const py::array& hidden, const OptionalArray& bias, int64_t heigh
   p.out_width = out_width;
   p.channels = hidden.shape(2);
   p.dtype = dtype_of(hidden, "hidden");
+  p.pooled_dtype = dtype_of(pooled, "pooled");
   p.round_dtype = dtype_of(like, "like");
+  p.gelu = gelu;
   p.hidden = pointer(hidden);
   p.pooled = pointer(pooled);
   set_bias(p, bias);
-  const py::gil_scoped_release unlocked;
-  projector_gelu_pool_cpu(p, parallel());
+  run(device, p, &projector_gelu_pool_cpu, &projector_gelu_pool_cuda);
 }
 
-void peg(const py::array& pooled, const py::array& weight, const OptionalArray& bias, int64_t height, int64_t width, const py::array& y) {
+void peg(const std::string& device, const py::array& pooled, const py::array& weight, const OptionalArray& bias, int64_t height, int64_t width,
+         const py::array& y) {
   PegParams p{};
   p.batch = pooled.shape(0);
   p.height = height;
@@ -60,14 +103,18 @@ void peg(const py::array& pooled, const py::array& weight, const OptionalArray& 
   p.y = pointer(y);
   p.y_dtype = dtype_of(y, "y");
   set_bias(p, bias);
-  const py::gil_scoped_release unlocked;
-  projector_peg_cpu(p, parallel());
+  run(device, p, &projector_peg_cpu, &projector_peg_cuda);
 }
 
 const Room room([](py::module_& m) {
-  m.def("projector_bias_gelu", &bias_gelu);
-  m.def("projector_gelu_pool", &gelu_pool);
-  m.def("projector_peg", &peg);
+  m.def("projector_linear_plan", &linear_plan_of, py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("multiprocessors"));
+  m.def("projector_linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("gelu"), py::arg("whole_tiles"),
+        py::arg("split"), py::arg("workspace"));
+  m.def("projector_bias_gelu", &bias_gelu, py::arg("device"), py::arg("h"), py::arg("bias"), py::arg("y"), py::arg("like"));
+  m.def("projector_gelu_pool", &gelu_pool, py::arg("device"), py::arg("hidden"), py::arg("bias"), py::arg("height"), py::arg("width"),
+        py::arg("out_height"), py::arg("out_width"), py::arg("pooled"), py::arg("like"), py::arg("gelu"));
+  m.def("projector_peg", &peg, py::arg("device"), py::arg("pooled"), py::arg("weight"), py::arg("bias"), py::arg("height"), py::arg("width"),
+        py::arg("y"));
 });
 
 }  // namespace

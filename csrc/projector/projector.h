@@ -1,30 +1,59 @@
-// What surrounds the projector's matrix products: bias + GELU, GELU + adaptive average pool, positional encoding (3x3).
+// The projector's kernels: linear layer + bias + GELU (GPU), and what surrounds the library's matrix products: bias + GELU,
+// GELU + adaptive average pool, positional encoding (3x3).
 #pragma once
 #include "common/dtype.h"
 #include "common/parallel.h"
+#include "common/rows.h"
 
 namespace cobra {
 
-// h = round(gelu(h + bias)), in place.
+constexpr int kMaxSegments = 4;
+
+// y = round(act(x w^T + bias)), act = gelu or nothing; x is the segments side by side. bf16 or fp16, fp32 sums. GPU only.
+// Every base is 16-byte aligned; every row stride, width and the weight's stride are multiples of 8.
+struct LinearParams {
+  int64_t rows, cols, depth;  // depth: the sum of the widths
+  RowShape shape;             // leading dims of x, product = rows
+  int segments;               // those that are not empty
+  bool gelu;
+
+  int64_t width[kMaxSegments];
+  RowStride x_stride[kMaxSegments];  // channels are adjacent
+  int64_t weight_stride, bias_stride;
+  DType dtype, bias_dtype;
+
+  int64_t whole_tiles;  // of linear_plan: the tiles from here on are summed in `split` parts along the depth
+  int split;
+
+  const void* x[kMaxSegments];  // (rows, width)
+  const void* weight;           // (cols, depth), rows weight_stride apart
+  const void* bias;             // (cols,) or null
+  void* y;                      // (rows, cols) contiguous
+  void* workspace;              // linear_workspace(p) fp32, or null where split is 1
+};
+
+// y = round(gelu(h + bias)); y may be h.
 struct BiasGeluParams {
   int64_t rows, cols;
   int64_t bias_stride;
-  DType dtype, bias_dtype;
-  DType round_dtype;  // values are rounded to it and stay in `dtype`
+  DType h_dtype, bias_dtype, y_dtype;
+  DType round_dtype;  // values are rounded to it, then stored in y_dtype
 
-  void* h;           // (rows, cols) contiguous
+  const void* h;     // (rows, cols) contiguous
   const void* bias;  // (cols,) or null
+  void* y;           // (rows, cols) contiguous
 };
 
-// pooled[b, i w + j] = round(mean over bin (i, j) of gelu(hidden + bias)); bin i covers floor(i H/h) .. ceil((i+1) H/h).
+// pooled[b, i w + j] = round(mean over bin (i, j) of act(hidden + bias)); bin i covers floor(i H/h) .. ceil((i+1) H/h).
 struct GeluPoolParams {
   int64_t batch, height, width, out_height, out_width, channels;
   int64_t bias_stride;
-  DType dtype, bias_dtype, round_dtype;
+  DType dtype, bias_dtype, pooled_dtype, round_dtype;
+  bool gelu;  // false: hidden is pooled as it is, without bias
 
   const void* hidden;  // (batch, height * width, channels) contiguous
   const void* bias;    // (channels,) or null
-  void* pooled;        // (batch, out_height * out_width, channels) contiguous, dtype of hidden
+  void* pooled;        // (batch, out_height * out_width, channels) contiguous
 };
 
 // y = p + bias + depthwise 3x3 of p over the grid, zero padding 1.
@@ -40,11 +69,64 @@ struct PegParams {
 };
 
 // Adaptive bins of `in` positions in `out` parts: they overlap when out does not divide in.
-constexpr int64_t bin_begin(int64_t i, int64_t in, int64_t out) { return i * in / out; }
-constexpr int64_t bin_end(int64_t i, int64_t in, int64_t out) { return ((i + 1) * in + out - 1) / out; }
+COBRA_HOST_DEVICE constexpr int64_t bin_begin(int64_t i, int64_t in, int64_t out) { return i * in / out; }
+COBRA_HOST_DEVICE constexpr int64_t bin_end(int64_t i, int64_t in, int64_t out) { return ((i + 1) * in + out - 1) / out; }
+
+// Phi(-a) = exp(-a^2 / 2) t P(t), t = 1 / (1 + 0.3 a), for a >= 0, Phi the normal distribution: no cancellation in the negative
+// tail, where 1 + erf would lose every digit. Highest power first; relative error of P 1.3e-7 over 0 <= a <= 13.5.
+struct PhiTail {
+  float power[8];
+};
+constexpr PhiTail kPhiTail{{0.035932042f, -0.15827717f, 0.20820843f, -0.055395365f, 0.12946992f, 0.0996373f, 0.12079839f, 0.11962639f}};
+
+// --- how a GPU shares out a linear layer -----------------------------------------------------------------------------
+
+constexpr int kLinearRows = 128, kLinearCols = 128, kLinearDepth = 32;  // of a tile; a block owns one
+constexpr int kLinearBlocksPerMultiprocessor = 2;
+
+constexpr int64_t linear_tiles(int64_t rows, int64_t cols) {
+  return (rows + kLinearRows - 1) / kLinearRows * ((cols + kLinearCols - 1) / kLinearCols);
+}
+// Steps along the depth: a step lies in one segment.
+inline int64_t linear_steps(const LinearParams& p) {
+  int64_t steps = 0;
+  for (int i = 0; i < p.segments; ++i) steps += (p.width[i] + kLinearDepth - 1) / kLinearDepth;
+  return steps;
+}
+
+// Full rounds of tiles are computed whole; the tiles left over, fewer than the GPU has places for, in `split` parts along the
+// depth, as many as shorten the last round most. A function of the problem and the GPU: the sums have one order on every run.
+inline void linear_plan(LinearParams& p, int64_t multiprocessors) {
+  // What writing and adding a part costs, in steps: 64 KB out and in against 2 x 128 x 128 x 32 products. An estimate.
+  constexpr int64_t kPartCost = 14, kMostParts = 16, kFewestSteps = 4;
+  const int64_t places = multiprocessors * kLinearBlocksPerMultiprocessor, tiles = linear_tiles(p.rows, p.cols), steps = linear_steps(p);
+  const int64_t left = tiles % places;
+  int64_t best = steps;
+  p.whole_tiles = tiles;
+  p.split = 1;
+  for (int64_t split = 2; left && split <= kMostParts && steps >= split * kFewestSteps; ++split) {
+    const int64_t rounds = (left * split + places - 1) / places, cost = rounds * ((steps + split - 1) / split + kPartCost);
+    if (cost >= best) continue;
+    best = cost;
+    p.whole_tiles = tiles - left;
+    p.split = int(split);
+  }
+}
+// Elements of the workspace: one tile for each part.
+constexpr int64_t linear_workspace(const LinearParams& p) {
+  return p.split == 1 ? 0 : (linear_tiles(p.rows, p.cols) - p.whole_tiles) * p.split * kLinearRows * kLinearCols;
+}
 
 void projector_bias_gelu_cpu(const BiasGeluParams&, const Parallel&);
 void projector_gelu_pool_cpu(const GeluPoolParams&, const Parallel&);
 void projector_peg_cpu(const PegParams&, const Parallel&);
+
+// `stream` is a cudaStream_t. Return 0 or the cudaError_t of the launch.
+int projector_linear_cuda(const LinearParams&, void* stream);
+int projector_bias_gelu_cuda(const BiasGeluParams&, void* stream);
+int projector_gelu_pool_cuda(const GeluPoolParams&, void* stream);
+int projector_peg_cuda(const PegParams&, void* stream);
+// Of the current device, for linear_plan.
+int multiprocessors_cuda();
 
 }  // namespace cobra

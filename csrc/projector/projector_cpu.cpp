@@ -18,18 +18,11 @@ namespace {
 
 constexpr int64_t kColumns = 256;  // of a column tile: 1 KB per row in fp32, long enough for the prefetcher
 
-// x * Phi(x), Phi the normal distribution. Phi(-a) = exp(-a^2 / 2) t P(t), t = 1 / (1 + 0.3 a), for a >= 0: no cancellation in
-// the negative tail, where 1 + erf would lose every digit. Relative error of P 1.3e-7 over 0 <= a <= 13.5.
+// x * Phi(x), see kPhiTail.
 COBRA_INLINE Vec<float> gelu(Vec<float> x) {
   const Vec<float> a = abs(x), t = Vec<float>(1.0f) / fma(a, Vec<float>(0.3f), Vec<float>(1.0f));
-  Vec<float> P = 0.035932042f;
-  P = fma(P, t, Vec<float>(-0.15827717f));
-  P = fma(P, t, Vec<float>(0.20820843f));
-  P = fma(P, t, Vec<float>(-0.055395365f));
-  P = fma(P, t, Vec<float>(0.12946992f));
-  P = fma(P, t, Vec<float>(0.0996373f));
-  P = fma(P, t, Vec<float>(0.12079839f));
-  P = fma(P, t, Vec<float>(0.11962639f));
+  Vec<float> P = kPhiTail.power[0];
+  for (int i = 1; i < 8; ++i) P = fma(P, t, Vec<float>(kPhiTail.power[i]));
   const Vec<float> tail = exp(a * a * Vec<float>(-0.5f)) * (t * P);  // Phi(-a)
   return x * where_greater(Vec<float>(0.0f), x, tail, Vec<float>(1.0f) - tail);
 }
@@ -70,10 +63,10 @@ void bias_gelu(const BiasGeluParams& p, const Parallel& parallel) {
     Columns<T> row;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t at = i % tiles * kColumns, columns = std::min(kColumns, p.cols - at), offset = i / tiles * p.cols + at;
-      load_row(row.data, p.h, p.dtype, offset, 1, columns);
+      load_row(row.data, p.h, p.h_dtype, offset, 1, columns);
       for (int64_t c = 0; c < columns; c += Vec<T>::kWidth)
         store(row.data + c, rounded(gelu(load(row.data + c) + load(bias.data() + at + c)), p.round_dtype));
-      store_row(p.h, p.dtype, offset, 1, row.data, columns);
+      store_row(p.y, p.y_dtype, offset, 1, row.data, columns);
     }
   });
 }
@@ -99,7 +92,8 @@ void gelu_pool(const GeluPoolParams& p, const Parallel& parallel) {
         for (int64_t x = 0; x < p.width; ++x) {
           T* const value = active.data() + x * kColumns;
           load_row(value, p.hidden, p.dtype, ((batch * p.height + row) * p.width + x) * p.channels + at, 1, columns);
-          for (int64_t c = 0; c < columns; c += Vec<T>::kWidth) store(value + c, gelu(load(value + c) + load(bias.data + c)));
+          if (p.gelu)
+            for (int64_t c = 0; c < columns; c += Vec<T>::kWidth) store(value + c, gelu(load(value + c) + load(bias.data + c)));
         }
         for (int64_t j = 0; j < p.out_width; ++j) {
           T* const pooled = ring.data() + (row % ring_rows * p.out_width + j) * kColumns;
@@ -124,7 +118,7 @@ void gelu_pool(const GeluPoolParams& p, const Parallel& parallel) {
             for (int64_t y = y0; y < y1; ++y) s += load(ring.data() + (y % ring_rows * p.out_width + j) * kColumns + c);
             store(sum.data + c, rounded(s / count, p.round_dtype));
           }
-          store_row(p.pooled, p.dtype, ((batch * p.out_height + i) * p.out_width + j) * p.channels + at, 1, sum.data, columns);
+          store_row(p.pooled, p.pooled_dtype, ((batch * p.out_height + i) * p.out_width + j) * p.channels + at, 1, sum.data, columns);
         }
       }
     }
@@ -173,7 +167,7 @@ void peg(const PegParams& p, const Parallel& parallel) {
 
 void projector_bias_gelu(const BiasGeluParams& p, const Parallel& parallel) {
 #if defined(COBRA_LEVEL_SCALAR)
-  if (p.dtype == DType::kFloat64) return bias_gelu<double>(p, parallel);
+  if (p.h_dtype == DType::kFloat64) return bias_gelu<double>(p, parallel);
 #endif
   bias_gelu<float>(p, parallel);
 }
@@ -198,7 +192,7 @@ void projector_peg(const PegParams& p, const Parallel& parallel) {
 namespace cobra {
 
 void projector_bias_gelu_cpu(const BiasGeluParams& p, const Parallel& parallel) {
-  p.dtype == DType::kFloat64 ? scalar::projector_bias_gelu(p, parallel) : COBRA_AT_LEVEL(projector_bias_gelu)(p, parallel);
+  p.h_dtype == DType::kFloat64 ? scalar::projector_bias_gelu(p, parallel) : COBRA_AT_LEVEL(projector_bias_gelu)(p, parallel);
 }
 void projector_gelu_pool_cpu(const GeluPoolParams& p, const Parallel& parallel) {
   p.dtype == DType::kFloat64 ? scalar::projector_gelu_pool(p, parallel) : COBRA_AT_LEVEL(projector_gelu_pool)(p, parallel);

@@ -14,14 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cobra_kernels
 from cobra_kernels import ldp_projector, mlp_projector
+from cobra_kernels.dispatch import triton_absence
 from cobra_kernels.errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError
-from cobra_kernels.ops.projector import cpu_kernel
+from cobra_kernels.ops.projector import cpu_kernel, cuda_kernel
 from tests.conftest import kernel_backends
 from tests.tolerances import GEMM, GRADIENT, OUTPUT, assert_close, relative_error
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BACKENDS = ["reference", *kernel_backends()]
 LIMIT = OUTPUT | {F32: GEMM}  # fp32 sums are the library's
+NO_TRITON = triton_absence() is not None
 NO_KERNELS = pytest.mark.skipif(cobra_kernels.backends()["cpu"] is not None, reason="no compiled kernels")
 
 
@@ -283,6 +285,83 @@ def test_pooling_before_the_second_layer_is_pooling_after_it(backend):
     assert_close(out, 2 * F.adaptive_avg_pool2d(h, (14, 14)).flatten(2).transpose(1, 2), GEMM)
 
 
+# --- what a GPU runs, strung together here -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """The GPU's own ops in plain torch for CPU tensors; a list of the layers that our product kernel was asked for."""
+    calls = []
+
+    def linear(x, weight, bias, gelu):
+        assert cuda_kernel.kernel_serves(x, weight)
+        calls.append([t.data_ptr() for t in x])
+        h = F.linear(torch.cat(x, -1).float(), weight.float(), None if bias is None else bias.float())
+        return (F.gelu(h) if gelu else h).to(weight.dtype)
+
+    def bias_gelu(h, bias, dtype):
+        return F.gelu(h if bias is None else h + bias).to(dtype)
+
+    def pool(hidden, bias, height, width, out_height, out_width, gelu, dtype):
+        h = bias_gelu(hidden, bias, torch.float32) if gelu else hidden.float()
+        image = h.transpose(1, 2).unflatten(2, (height, width))
+        return F.adaptive_avg_pool2d(image, (out_height, out_width)).flatten(2).transpose(1, 2).contiguous().to(dtype)
+
+    library = torch.library.Library("cobra_kernels", "IMPL")
+    for name, function in (("projector_linear", linear), ("projector_bias_gelu", bias_gelu), ("projector_pool", pool)):
+        library.impl(name, function, "CPU")
+    # torch has products of 16-bit matrices with an fp32 result on GPUs only.
+    monkeypatch.setattr(cuda_kernel, "_sums", lambda x, weight: F.linear(x.float(), weight.float()))
+    yield calls
+    library._destroy()
+
+
+@every_case
+@pytest.mark.parametrize("product", ["kernel", "library"])
+@NO_KERNELS
+def test_products_of_a_gpu(gpu_calls, monkeypatch, case, ldp, product):
+    """The same result by either product, each layer rounded once."""
+    if case.dtype == F64:
+        return  # not served by a GPU
+    monkeypatch.setattr(cuda_kernel, "PRODUCT", product)
+    tensors = make_inputs(case, ldp)
+    features, weights, biases, peg = split(case, tensors)
+    if ldp:
+        grid = case.grid or (math.isqrt(case.lead[1]),) * 2
+        out = cuda_kernel.ldp_projector_fwd(features, weights, biases, *peg, grid, case.out_grid)
+    else:
+        out = cuda_kernel.mlp_projector_fwd(features, weights, biases)
+    expected = run(case, in_fp64(tensors), "reference", ldp)
+    assert out.dtype == case.dtype and out.shape == expected.shape and out.is_contiguous()
+    assert_rounded(out, expected, LIMIT[out.dtype], product, roundings(case, ldp))
+    assert not (gpu_calls and product == "library")
+
+
+@NO_KERNELS
+def test_the_gpu_kernel_reads_features_in_place(gpu_calls, monkeypatch):
+    monkeypatch.setattr(cuda_kernel, "PRODUCT", "kernel")
+    case = Case(lead=(2, 10), vision=(24, 40), widths=(64, 16), dtype=BF16)
+    tensors = make_inputs(case, ldp=False)
+    features, weights, biases, _ = split(case, tensors)
+    views = [f[:, 1:] for f in features]  # without the class token: leading dims that do not merge
+    cuda_kernel.mlp_projector_fwd(views, weights, biases)
+    assert len(gpu_calls) == 2 and gpu_calls[0] == [v.data_ptr() for v in views]
+    one, many = [torch.zeros(4, 8, dtype=BF16)], [torch.zeros(4, 8, dtype=BF16)] * 5
+    weight = torch.zeros(3, 8, dtype=BF16)
+    assert cuda_kernel.kernel_serves(one, weight) and cuda_kernel.kernel_serves([one[0].half()], weight.half())
+    for x, w in (
+        (many, torch.zeros(3, 40, dtype=BF16)),
+        ([one[0].float()], weight.float()),
+        (one, weight.half()),
+        ([torch.zeros(4, 9, dtype=BF16)], torch.zeros(3, 9, dtype=BF16)),
+        ([torch.zeros(33, dtype=BF16)[1:].view(4, 8)], weight),  # 2 bytes beyond a boundary
+        ([torch.zeros(8, 4, dtype=BF16).t()], weight),
+        ([torch.zeros(4, 12, dtype=BF16)[:, :8]], weight),
+        (one, torch.zeros(8, 3, dtype=BF16).t()),
+    ):
+        assert not cuda_kernel.kernel_serves(x, w)
+
+
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 GRADIENT_CASES = [p for p in ALL_CASES if p.values[0].dtype != F64]
@@ -450,8 +529,8 @@ def ldp(features=(X, X2), weights=(W1, W2), biases=(B1, B2), peg_weight=PW, peg_
         (lambda: mlp(biases=(B1, B1)), ShapeError, ["biases[1]", "(5,)", "out_1=4"]),
         (lambda: mlp(biases=(B1, B2.to("meta"))), DtypeError, ["biases[1]", "meta", "cpu"]),
         (lambda: mlp(backend="fast"), ArgumentError, ["backend", "'fast'"]),
-        (lambda: mlp(backend="cuda"), BackendUnavailable, ["mlp_projector", "'cuda'", "no kernel"]),
-        (lambda: ldp(backend="triton"), BackendUnavailable, ["ldp_projector", "'triton'", "no kernel"]),
+        (lambda: mlp(backend="cuda"), BackendUnavailable, ["mlp_projector", "'cuda'", "CUDA tensors"]),
+        (lambda: ldp(backend="triton"), BackendUnavailable, ["ldp_projector", "'triton'", "triton" if NO_TRITON else "CUDA tensors"]),
         (lambda: ldp(weights=(W1,), biases=(B1,)), ArgumentError, ["ldp_projector: weights has 1 entries", "expected 2"]),
         (lambda: ldp(features=(X[0], X2[0])), ShapeError, ["features[0]", "(9, 6)", "(batch, H*W, v)"]),
         (lambda: ldp(peg_weight=torch.zeros(4, 3, 3)), ShapeError, ["peg_weight", "(4, 3, 3)", "out=4", "weights[1]"]),
@@ -493,7 +572,7 @@ def test_supports_says_what_the_op_does():
     ok, reason = cobra_kernels.supports("mlp_projector", [X, X2], [W1, W2], None, backend="reference")
     assert ok and reason == "reference; gradients: autograd of the reference"
     ok, reason = cobra_kernels.supports("ldp_projector", [X, X2], [W1, W2], None, PW, PB, backend="cuda")
-    assert not ok and "no kernel" in reason
+    assert not ok and "CUDA tensors" in reason
     ok, reason = cobra_kernels.supports("ldp_projector", [X], [W1, W2], None, PW, PB)
     assert not ok and "weights[0]" in reason
 

@@ -1,4 +1,7 @@
-"""The projector's passes on numpy arrays: cases, and one function that checks a case (see room_rms_norm.py)."""
+"""The projector's kernels on numpy arrays: cases, and one function that checks a case (see room_rms_norm.py).
+
+Two kinds of case: the passes around a matrix product, on both devices, and the linear layer, whose kernel is a GPU's; on "cpu" its
+cases check how the work is shared out."""
 
 from __future__ import annotations
 
@@ -10,11 +13,16 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
-DEVICES = ("cpu",)
+TILE, DEPTH = 128, 32  # of csrc/projector/projector.h
+
+
+def identity(case: NamedTuple, prefix: str = "") -> str:
+    changed = "-".join(f"{k}={v}" for k, v in case._asdict().items() if v != case._field_defaults[k]).replace(" ", "")
+    return prefix + (changed or "base")
 
 
 class Case(NamedTuple):
-    """The base case; each row of CASES varies one thing."""
+    """The passes: the base case; each row of PASSES varies one thing."""
 
     batch: int = 2
     grid: tuple[int, int] = (5, 7)
@@ -23,16 +31,36 @@ class Case(NamedTuple):
     dtype: str = "fp32"
     round_dtype: str = ""  # empty: as dtype
     bias_dtype: str | None = ""  # None: no bias
+    max_grid_x: int = 0  # 0: as the GPU
 
     @property
     def id(self) -> str:
-        base = Case()
-        return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)).replace(" ", "") or "base"
+        return identity(self)
 
 
-CASES = [
+class Linear(NamedTuple):
+    """The linear layer: the base case; each row of LINEARS varies one thing."""
+
+    lead: tuple[int, ...] = (37,)
+    widths: tuple[int, ...] = (64, 40)
+    cols: int = 72
+    dtype: str = "bf16"
+    bias_dtype: str | None = "fp32"  # None: no bias
+    gelu: bool = True
+    split: int = 1
+    whole_tiles: int = 0  # with split > 1: how many tiles are not split
+    layout: str = "contiguous"
+    infinite: bool = False  # an infinite weight where the second segment begins
+
+    @property
+    def id(self) -> str:
+        return identity(self, "linear-")
+
+
+PASSES = [
     Case(),
     *(Case(channels=c) for c in (0, 1, 7, 15, 16, 17, 255, 256, 257, 513)),
+    *(Case(channels=c, grid=(2, 3), out_grid=(2, 2), dtype=d) for c, d in ((1032, "bf16"), (260, "fp16"))),
     *(Case(grid=g, out_grid=o, channels=17) for g, o in (((1, 1), (1, 1)), ((1, 1), (3, 2)), ((2, 3), (5, 5)), ((1, 9), (1, 4)), ((5, 7), (5, 7)),
                                                          ((8, 8), (4, 4)), ((9, 9), (1, 1)), ((27, 27), (14, 14)))),
     *(Case(batch=b) for b in (0, 1)),
@@ -40,8 +68,27 @@ CASES = [
     *(Case(round_dtype=r, bias_dtype=r) for r in ("bf16", "fp16")),
     Case(bias_dtype=None),
     Case(dtype="bf16", bias_dtype=None),
+    *(Case(channels=c, max_grid_x=3) for c in (17, 40, 1032)),
 ]  # fmt: skip
-SANITIZED = CASES
+# Sizes on both sides of a tile (128 x 128), of a step (32 channels) and of the ring of four stages; every tail of 8.
+LINEARS = [
+    Linear(),
+    *(Linear(lead=(rows,)) for rows in (0, 1, 2, 127, 128, 129)),
+    *(Linear(cols=cols) for cols in (0, 1, 4, 7, 8, 65, 127, 128, 129, 130, 132)),
+    *(Linear(widths=w) for w in ((), (8,), (24,), (32,), (40,), (96,), (128,), (136,), (264,), (8, 8), (64, 32), (8, 48, 16), (56, 8, 40, 8))),
+    *(Linear(lead=lead, cols=cols, widths=(40,)) for lead, cols in (((130,), 260), ((260,), 100))),
+    *(Linear(dtype="fp16", bias_dtype=b, gelu=g) for b, g in (("fp16", True), ("bf16", False))),
+    *(Linear(bias_dtype=b, gelu=g) for b, g in ((None, False), (None, True), ("bf16", False))),
+    *(Linear(widths=w, split=s) for w, s in (((64, 40), 2), ((64, 40), 4), ((264,), 3), ((24, 72, 136), 5), ((8,), 2))),
+    *(Linear(lead=(130,), cols=c, split=s, whole_tiles=t) for c, s, t in ((129, 2, 0), (129, 2, 1), (260, 3, 4), (130, 3, 3))),
+    Linear(split=3, dtype="fp16", bias_dtype=None, gelu=False, cols=70),
+    *(Linear(lead=(5, 3, 3), layout=x) for x in ("padded", "transposed", "expanded")),
+    Linear(lead=(2, 70), layout="padded", cols=130, split=2, whole_tiles=2),
+    Linear(infinite=True, gelu=False, widths=(40, 24)),
+]  # fmt: skip
+CASES = [*PASSES, *LINEARS]
+# A matrix product is 500 times slower under a sanitizer than on its own: one case of each path.
+SANITIZED = [*PASSES, *(c for c in LINEARS if c.lead[0] * c.cols <= 37 * 72 and sum(c.widths) <= 104), LINEARS[-2]]
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -63,8 +110,19 @@ def peg(p: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, grid: tuple
     return p + (sum(taps) + bias).reshape(p.shape)
 
 
-def check(host, case: Case, device: str) -> None:
+def check(host, case: Case | Linear, device: str) -> None:
+    if isinstance(case, Case):
+        check_passes(host, case, device)
+    elif device == "cuda":
+        check_linear(host, case)
+    else:
+        check_plan(host, case)
+
+
+def check_passes(host, case: Case, device: str) -> None:
     """The three passes of one case against fp64, inputs unchanged, guards whole, outputs written."""
+    if device == "cuda" and case.dtype == "fp64":
+        return  # served by the CPU only
     rng = np.random.default_rng(0)
     tokens, round_dtype = case.grid[0] * case.grid[1], case.round_dtype or case.dtype
     limit = harness.OUTPUT[round_dtype]
@@ -79,17 +137,24 @@ def check(host, case: Case, device: str) -> None:
     expected = gelu(hidden.values() + bias_values)
 
     h = Tensor((case.batch * tokens, case.channels), case.dtype, "contiguous", hidden.values().reshape(case.batch * tokens, case.channels))
-    host.projector_bias_gelu(h.array, bias_array, like)
-    check_close(h, expected.reshape(h.array.shape), limit, "bias_gelu")
+    y = Tensor(h.array.shape, round_dtype)
+    host.projector_bias_gelu(device, h.array, bias_array, y.array, like)
+    check_close(y, expected.reshape(h.array.shape), limit, "bias_gelu")
+    h.check_unchanged("h")
+    host.projector_bias_gelu(device, h.array, bias_array, h.array, like)  # in place
+    check_close(h, expected.reshape(h.array.shape), limit, "bias_gelu in place")
 
     pooled = Tensor((case.batch, case.out_grid[0] * case.out_grid[1], case.channels), case.dtype)
-    host.projector_gelu_pool(hidden.array, bias_array, *case.grid, *case.out_grid, pooled.array, like)
+    host.projector_gelu_pool(device, hidden.array, bias_array, *case.grid, *case.out_grid, pooled.array, like, True)
     check_close(pooled, pool(expected, case.grid, case.out_grid), limit, "gelu_pool")
+    plain = Tensor(pooled.array.shape, round_dtype)
+    host.projector_gelu_pool(device, hidden.array, None, *case.grid, *case.out_grid, plain.array, like, False)
+    check_close(plain, pool(hidden.values(), case.grid, case.out_grid), limit, "pool without gelu")
     hidden.check_unchanged("hidden")
 
     weight = make((case.channels, 1, 3, 3), round_dtype)
     y, before = Tensor(pooled.array.shape, round_dtype), pooled.array.copy()
-    host.projector_peg(pooled.array, weight.array, bias_array, *case.out_grid, y.array)
+    host.projector_peg(device, pooled.array, weight.array, bias_array, *case.out_grid, y.array)
     check_close(y, peg(pooled.values(), weight.values(), bias_values, case.out_grid), limit, "peg")
     assert np.array_equal(pooled.array.view("u1"), before.view("u1"))
     weight.check_unchanged("weight")
@@ -97,14 +162,82 @@ def check(host, case: Case, device: str) -> None:
         bias.check_unchanged("bias")
 
 
+def check_linear(host, case: Linear) -> None:
+    """One linear layer against fp64: inputs unchanged, guards whole, output and workspace written where they should be."""
+    rng = np.random.default_rng(0)
+    depth, rows = sum(case.widths), int(np.prod(case.lead))
+    x = [Tensor((*case.lead, width), case.dtype, case.layout, rng.standard_normal((*case.lead, width))) for width in case.widths]
+    if case.layout == "transposed":  # channels must be adjacent: the leading dims are what is transposed
+        x = [Tensor(t.array.shape, case.dtype, "contiguous", t.values()) for t in x]
+        for t in x:
+            t.array = t.array.swapaxes(0, 1)
+    values = rng.standard_normal((case.cols, depth)) / max(depth, 1) ** 0.5
+    if case.infinite:
+        values[0, case.widths[0]] = np.inf
+    weight = Tensor((case.cols, depth), case.dtype, "padded" if case.layout == "padded" else "contiguous", values)
+    bias = None if case.bias_dtype is None else Tensor((case.cols,), case.bias_dtype, "strided", rng.standard_normal(case.cols))
+    y = Tensor((rows, case.cols), case.dtype)
+
+    tiles = -(-rows // TILE) * -(-case.cols // TILE)
+    whole = case.whole_tiles if case.split > 1 else tiles
+    workspace = Tensor(((tiles - whole) * case.split * TILE * TILE,), "fp32") if case.split > 1 else None
+    host.projector_linear([t.array for t in x], weight.array, bias and bias.array, y.array, case.gelu, whole, case.split,
+                          workspace and workspace.array)  # fmt: skip
+
+    flat = np.concatenate([np.zeros((rows, 0)), *(t.values().reshape(rows, t.array.shape[-1]) for t in x)], -1)
+    if case.infinite:
+        got = y.values()[:, 0]
+        assert np.array_equal(got, np.sign(flat[:, case.widths[0]]) * np.inf), "an infinite weight reached another segment"
+        weight.array[0, case.widths[0]] = 0
+        y.array[:, 0] = 0
+    expected = flat @ weight.values().T + (bias.values() if bias else 0)
+    if case.infinite:
+        expected[:, 0] = 0
+    check_close(y, gelu(expected) if case.gelu else expected, harness.OUTPUT[case.dtype], "linear")
+    if workspace:
+        workspace.check_guards("workspace")
+        assert not np.isnan(workspace.values()).any(), "the kernel left part of the workspace unwritten"
+    for name, tensor in {"bias": bias, **{f"x[{i}]": t for i, t in enumerate(x)}}.items():
+        if tensor:
+            tensor.check_unchanged(name)
+    if not case.infinite:
+        weight.check_unchanged("weight")
+
+
+def check_plan(host, case: Linear) -> None:
+    """How the layer's tiles are shared out on GPUs of several sizes: every tile once, parts of at least four steps, a workspace that
+    holds them; and a plan that takes fewer rounds than none."""
+    rows, steps = int(np.prod(case.lead)), sum(-(-width // DEPTH) for width in case.widths)
+    for factor in (1, 40):
+        for multiprocessors in (1, 3, 132):
+            m, n, widths = rows * factor, case.cols * factor, [width * factor for width in case.widths]
+            steps = sum(-(-width // DEPTH) for width in widths)
+            tiles = -(-m // TILE) * -(-n // TILE)
+            whole, split, elements = host.projector_linear_plan(m, n, widths, multiprocessors)
+            left, places = tiles - whole, 2 * multiprocessors
+            assert 0 <= whole <= tiles and elements == (left * split * TILE * TILE if split > 1 else 0)
+            if split == 1:
+                assert left == 0
+            else:
+                assert whole % places == 0 and 0 < left < places and steps >= 4 * split
+                assert -(-left * split // places) * -(-steps // split) < steps
+
+
 def check_large_strides(host, device: str) -> None:
-    """Only weights and biases have strides of their own; theirs count elements in 64 bits."""
+    """Weights, biases and the rows of features have strides of their own; theirs count elements in 64 bits."""
     rng = np.random.default_rng(0)
     channels, step = 3, 2**31 + 64
     far = harness.sparse_rows(channels, 9, step)
     far[...] = rng.standard_normal((channels, 9))
     weight = np.lib.stride_tricks.as_strided(far, (channels, 1, 3, 3), (far.strides[0], 18, 6, 2))
     p, y = rng.standard_normal((1, 4, channels)).astype(np.float32), np.full((1, 4, channels), np.nan, np.float32)
-    host.projector_peg(p, weight, far[:, 0], 2, 2, y)
+    host.projector_peg(device, p, weight, far[:, 0], 2, 2, y)
     expected = peg(p.astype(np.float64), weight.astype(np.float64), far[:, 0].astype(np.float64), (2, 2))
     assert np.linalg.norm(y - expected) <= 1e-6 * np.linalg.norm(expected)
+    if device == "cpu":
+        return
+    x, w, out = harness.sparse_rows(3, 8, step), harness.sparse_rows(4, 8, step), np.full((3, 4), np.nan, np.float16)
+    x[...], w[...] = rng.standard_normal((3, 8)), rng.standard_normal((4, 8))
+    host.projector_linear([x], w, None, out, False, 1, 1, None)
+    expected = x.astype(np.float64) @ w.astype(np.float64).T
+    assert np.linalg.norm(out - expected) <= harness.OUTPUT["fp16"] * np.linalg.norm(expected)

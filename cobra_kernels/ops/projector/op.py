@@ -4,15 +4,15 @@ pool of the token grid and a depthwise 3x3 with residual."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from ...checks import check_first, check_float, check_floats, name_of, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
-from . import cpu_kernel, reference
+from . import cpu_kernel, cuda_kernel, reference
 
 MLP, LDP = "mlp_projector", "ldp_projector"
 
@@ -223,12 +223,12 @@ def _cast(tensors, dtype: torch.dtype) -> list:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-_CPU_GRADIENTS = "recomputation and the library's matrix products (no fused kernel)"
+_GRADIENTS = "recomputation and the library's matrix products (no fused kernel)"
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(cpu_reason, gradients=_CPU_GRADIENTS),
-    "triton": Backend(no_kernel, gradients="none"),
-    "cuda": Backend(no_kernel, gradients="none"),
+    "cpu": Backend(cpu_reason, gradients=_GRADIENTS),
+    "triton": Backend(triton_reason, gradients=_GRADIENTS),
+    "cuda": Backend(cuda_reason, gradients=_GRADIENTS),
 }
 
 
@@ -270,41 +270,59 @@ def _all_wanted(wanted, features, weights, biases, biased) -> list[bool]:
     return [*wanted[:first], *_full(wanted[first:last], biased, False), *wanted[last:]]
 
 
-def _mlp_fwd_cpu(features, weights, biases, biased):
-    count(MLP, "cpu")
-    return cpu_kernel.mlp_projector_fwd(features, weights, _full(biases, biased))
+def _forward_of(backend: str):
+    """The module that computes a backend's forward; Triton is imported when it is first used."""
+    if backend == "triton":
+        from . import triton_kernel
+
+        return triton_kernel
+    return cpu_kernel if backend == "cpu" else cuda_kernel
 
 
-def _mlp_bwd_cpu(dy, features, weights, biases, biased, wanted):
-    count(f"{MLP}_bwd", "cpu")
-    wanted = _all_wanted(wanted, features, weights, biases, biased)
-    return cpu_kernel.mlp_projector_bwd(dy, features, weights, _full(biases, biased), wanted)
+def _implementations(backend: str) -> dict[str, Callable]:
+    """The four ops on one backend. Gradients are the same everywhere: they need no more than the library."""
+
+    def mlp_fwd(features, weights, biases, biased):
+        count(MLP, backend)
+        return _forward_of(backend).mlp_projector_fwd(features, weights, _full(biases, biased))
+
+    def ldp_fwd(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid):
+        count(LDP, backend)
+        return _forward_of(backend).ldp_projector_fwd(features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid)
+
+    def mlp_bwd(dy, features, weights, biases, biased, wanted):
+        count(f"{MLP}_bwd", backend)
+        wanted = _all_wanted(wanted, features, weights, biases, biased)
+        return cpu_kernel.mlp_projector_bwd(dy, features, weights, _full(biases, biased), wanted)
+
+    def ldp_bwd(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
+        count(f"{LDP}_bwd", backend)
+        wanted = _all_wanted(wanted, features, weights, biases, biased)
+        return cpu_kernel.ldp_projector_bwd(dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, wanted)
+
+    return {f"{MLP}_fwd": mlp_fwd, f"{MLP}_bwd": mlp_bwd, f"{LDP}_fwd": ldp_fwd, f"{LDP}_bwd": ldp_bwd}
 
 
-def _ldp_fwd_cpu(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid):
-    count(LDP, "cpu")
-    return cpu_kernel.ldp_projector_fwd(features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid)
+for _suffix in ("", "_triton"):
+    define(f"{MLP}_fwd{_suffix}({_LAYERS}) -> Tensor", _mlp_fake)
+    define(f"{LDP}_fwd{_suffix}({_LAYERS}, {_PEG}) -> Tensor", _ldp_fake)
+    # The gradients of the tensors that `wanted` marks, in the order of the arguments.
+    define(f"{MLP}_bwd{_suffix}(Tensor dy, {_LAYERS}, bool[] wanted) -> Tensor[]", _mlp_bwd_fake)
+    define(f"{LDP}_bwd{_suffix}(Tensor dy, {_LAYERS}, {_PEG}, bool[] wanted) -> Tensor[]", _ldp_bwd_fake)
+    first_order_only(f"{MLP}_bwd{_suffix}")
+    first_order_only(f"{LDP}_bwd{_suffix}")
+for _backend, _suffix, _key in (("cpu", "", "CPU"), ("cuda", "", "CUDA"), ("triton", "_triton", "CompositeExplicitAutograd")):
+    for _name, _function in _implementations(_backend).items():
+        implement(f"{_name}{_suffix}", _function, _key)
 
-
-def _ldp_bwd_cpu(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
-    count(f"{LDP}_bwd", "cpu")
-    wanted = _all_wanted(wanted, features, weights, biases, biased)
-    return cpu_kernel.ldp_projector_bwd(dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, wanted)
-
-
-define(f"mlp_projector_fwd({_LAYERS}) -> Tensor", _mlp_fake)
-define(f"ldp_projector_fwd({_LAYERS}, {_PEG}) -> Tensor", _ldp_fake)
-# The gradients of the tensors that `wanted` marks, in the order of the arguments.
-define(f"mlp_projector_bwd(Tensor dy, {_LAYERS}, bool[] wanted) -> Tensor[]", _mlp_bwd_fake)
-define(f"ldp_projector_bwd(Tensor dy, {_LAYERS}, {_PEG}, bool[] wanted) -> Tensor[]", _ldp_bwd_fake)
-for _name, _function in (("mlp_projector_fwd", _mlp_fwd_cpu), ("mlp_projector_bwd", _mlp_bwd_cpu),
-                         ("ldp_projector_fwd", _ldp_fwd_cpu), ("ldp_projector_bwd", _ldp_bwd_cpu)):  # fmt: skip
-    implement(_name, _function, "CPU")
-first_order_only("mlp_projector_bwd")
-first_order_only("ldp_projector_bwd")
-
-_FORWARD = {MLP: {"cpu": OPS.mlp_projector_fwd.default}, LDP: {"cpu": OPS.ldp_projector_fwd.default}}
-_BACKWARD = {MLP: {"cpu": OPS.mlp_projector_bwd.default}, LDP: {"cpu": OPS.ldp_projector_bwd.default}}
+_FORWARD = {
+    MLP: {"cpu": OPS.mlp_projector_fwd.default, "cuda": OPS.mlp_projector_fwd.default, "triton": OPS.mlp_projector_fwd_triton.default},
+    LDP: {"cpu": OPS.ldp_projector_fwd.default, "cuda": OPS.ldp_projector_fwd.default, "triton": OPS.ldp_projector_fwd_triton.default},
+}
+_BACKWARD = {
+    MLP: {"cpu": OPS.mlp_projector_bwd.default, "cuda": OPS.mlp_projector_bwd.default, "triton": OPS.mlp_projector_bwd_triton.default},
+    LDP: {"cpu": OPS.ldp_projector_bwd.default, "cuda": OPS.ldp_projector_bwd.default, "triton": OPS.ldp_projector_bwd_triton.default},
+}
 
 
 def _mlp_differentiable(features, weights, biases, biased, backend):

@@ -1,0 +1,130 @@
+"""The projectors on a GPU: every layer is one call of our kernel (csrc/projector/), or the library's product and one pass of ours.
+
+Our kernel serves bf16 and fp16 whose rows are whole 16-byte pieces; it reads the features where they lie, side by side. The rest
+(fp32, mixed dtypes, odd sizes) is the library's: its products serve every layout, and there is no better one for them to miss.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from ...library import OPS, define
+
+MAX_SEGMENTS, MAX_DIMS = 4, 7  # of csrc/projector/projector.h and csrc/common/rows.h
+
+# From how many rows on the library's product is the faster one, by compute capability; our kernel below that, and everywhere
+# else. Hopper and Blackwell have matrix instructions that only the library uses here: our warp-level ones reach 60% of their
+# rate, less than fusing bias, GELU and the features' concatenation saves. An estimate until a record decides.
+LIBRARY_ROWS = {(9, 0): 1, (10, 0): 1, (10, 3): 1}
+
+PRODUCT: str | None = None  # "kernel" or "library": which of the two, where both can serve. For the bench and the tests
+
+
+def _linear_fake(x, weight, bias, gelu):
+    return weight.new_empty((*x[0].shape[:-1], weight.shape[0]))
+
+
+def _bias_gelu_fake(h, bias, dtype):
+    return torch.empty_like(h, dtype=dtype)
+
+
+def _pool_fake(hidden, bias, height, width, out_height, out_width, gelu, dtype):
+    return hidden.new_empty((hidden.shape[0], out_height * out_width, hidden.shape[2]), dtype=dtype)
+
+
+define("projector_linear(Tensor[] x, Tensor weight, Tensor? bias, bool gelu) -> Tensor", _linear_fake)
+define("projector_bias_gelu(Tensor h, Tensor? bias, ScalarType dtype) -> Tensor", _bias_gelu_fake)
+define(
+    "projector_pool(Tensor hidden, Tensor? bias, SymInt height, SymInt width, SymInt out_height, SymInt out_width, bool gelu, "
+    "ScalarType dtype) -> Tensor",
+    _pool_fake,
+)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+def _in_pieces(t: torch.Tensor) -> bool:
+    """Whether the rows of t are whole, aligned 16-byte pieces of 16-bit elements."""
+    *sizes, width = t.shape
+    *strides, step = t.stride()
+    return (
+        width % 8 == 0
+        and step == 1
+        and t.data_ptr() % 16 == 0
+        and all(stride % 8 == 0 for size, stride in zip(sizes, strides) if size > 1)
+    )
+
+
+def kernel_serves(x: list[torch.Tensor], weight: torch.Tensor) -> bool:
+    """Whether our kernel multiplies these: x as if concatenated on the last dim, one dtype of 16 bits, rows of whole pieces."""
+    dtype = weight.dtype
+    return (
+        dtype in (torch.bfloat16, torch.float16)
+        and len(x) <= MAX_SEGMENTS
+        and x[0].dim() <= MAX_DIMS
+        and all(t.dtype == dtype and _in_pieces(t) for t in (*x, weight))
+    )
+
+
+def _by_kernel(x: list[torch.Tensor], weight: torch.Tensor) -> bool:
+    if PRODUCT == "library" or not kernel_serves(x, weight):
+        return False
+    return PRODUCT == "kernel" or x[0].shape[:-1].numel() < LIBRARY_ROWS.get(_capability(weight.device), 1 << 62)
+
+
+def _as(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def _whole(x: list[torch.Tensor]) -> torch.Tensor:
+    """(rows, in)."""
+    whole = x[0] if len(x) == 1 else torch.cat(x, -1)
+    return whole.reshape(whole.shape[:-1].numel(), whole.shape[-1])
+
+
+def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in fp32, (rows, out): not rounded before bias and GELU."""
+    if x.dtype != torch.float32 and x.dtype == weight.dtype and x.numel() and weight.numel():
+        return torch.ops.aten.mm.dtype(x, weight.t(), torch.float32)
+    return F.linear(_as(x, torch.float32), _as(weight, torch.float32))
+
+
+def _linear(x: list[torch.Tensor], weight, bias, gelu: bool) -> torch.Tensor:
+    """act([x_1, .., x_K] @ weight.T + bias), (..., out), rounded once to the dtype of x."""
+    if _by_kernel(x, weight):
+        return OPS.projector_linear.default(x, weight, bias, gelu)
+    dtype, lead, x = x[0].dtype, x[0].shape[:-1], _whole(x)
+    if gelu:
+        y = OPS.projector_bias_gelu.default(_sums(x, weight), bias, dtype)
+    else:
+        compute = dtype if weight.dtype == dtype and (bias is None or bias.dtype == dtype) else torch.float32
+        y = _as(F.linear(_as(x, compute), _as(weight, compute), _as(bias, compute)), dtype)
+    return y.view(*lead, weight.shape[0])
+
+
+@torch.no_grad()
+def mlp_projector_fwd(features, weights, biases):
+    h = list(features)
+    for i, (weight, bias) in enumerate(zip(weights, biases), 1):
+        h = [_linear(h, weight, bias, gelu=i < len(weights))]
+    return h[0]
+
+
+@torch.no_grad()
+def ldp_projector_fwd(features, weights, biases, peg_weight, peg_bias, grid, out_grid):
+    features, dtype, batch = list(features), features[0].dtype, features[0].shape[0]
+    (w1, w2), (b1, b2) = weights, biases
+    if _by_kernel(features, w1):
+        h = OPS.projector_linear.default(features, w1, b1, True)
+        pooled = OPS.projector_pool.default(h, None, *grid, *out_grid, False, dtype)
+    else:
+        h = _sums(_whole(features), w1).view(batch, grid[0] * grid[1], w1.shape[0])
+        pooled = OPS.projector_pool.default(h, b1, *grid, *out_grid, True, dtype)
+    p = _linear([pooled], w2, b2, gelu=False)  # (batch, h*w, out)
+    return OPS.projector_peg.default(p, peg_weight, peg_bias, *out_grid, dtype)

@@ -1,0 +1,63 @@
+// What the projector's GPU kernels share.
+#pragma once
+#include "common/cuda_dtype.cuh"
+#include "projector/projector.h"
+
+namespace cobra {
+
+// x Phi(x), see kPhiTail: one exponential, one reciprocal, ten multiply-adds.
+__device__ __forceinline__ float gelu(float x) {
+  const float a = fabsf(x), t = __fdividef(1.f, fmaf(a, 0.3f, 1.f));
+  constexpr PhiTail polynomial = kPhiTail;
+  float P = polynomial.power[0];
+#pragma unroll
+  for (int i = 1; i < 8; ++i) P = fmaf(P, t, polynomial.power[i]);
+  const float tail = __expf(-0.5f * a * a) * (t * P);  // Phi(-a)
+  return x * (x < 0.f ? tail : 1.f - tail);
+}
+
+// `v` as it would come back from memory of that dtype.
+__device__ __forceinline__ float rounded(float v, DType dtype) {
+  with_float_type(dtype, [&](auto t) { v = to_float(round_to<decltype(t)>(v)); });
+  return v;
+}
+
+// kWidth neighbours of a contiguous tensor in its own dtype; kWidth 1 reads any address, else the base is 16-byte aligned.
+template <int kWidth>
+__device__ __forceinline__ void load_floats(float (&v)[kWidth], const void* base, DType dtype, int64_t offset) {
+  with_float_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (kWidth == 1) {
+      v[0] = to_float(static_cast<const T*>(base)[offset]);
+    } else {
+      const Pack<T, kWidth> pack = load_pack<T, kWidth>(static_cast<const T*>(base) + offset);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) v[i] = to_float(pack.v[i]);
+    }
+  });
+}
+template <int kWidth>
+__device__ __forceinline__ void store_floats(void* base, DType dtype, int64_t offset, const float (&v)[kWidth]) {
+  with_float_type(dtype, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (kWidth == 1) {
+      static_cast<T*>(base)[offset] = round_to<T>(v[0]);
+    } else {
+      Pack<T, kWidth> pack;
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) pack.v[i] = round_to<T>(v[i]);
+      store_pack<T, kWidth>(static_cast<T*>(base) + offset, pack);
+    }
+  });
+}
+
+// bias[column ..], 0 without a bias or beyond `cols`.
+template <int kWidth>
+__device__ __forceinline__ void load_bias(float (&v)[kWidth], const void* bias, DType dtype, int64_t stride, int64_t column, int64_t cols) {
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) v[i] = bias && column + i < cols ? load_float(bias, dtype, (column + i) * stride) : 0.f;
+}
+
+inline bool is_aligned(const void* base) { return reinterpret_cast<uintptr_t>(base) % 16 == 0; }
+
+}  // namespace cobra
