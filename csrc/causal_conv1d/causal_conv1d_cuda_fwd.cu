@@ -18,9 +18,9 @@ using Params = CausalConv1dFwdParams;
 
 constexpr int kThreads = 128;
 constexpr int kFinalItems = 4;   // elements of final_states per thread
-constexpr int kMinChunk = 8, kMaxChunk = 32;  // channel_last: steps per thread; all of a window lies before a chunk that is not the first
-static_assert(kMinChunk >= kMaxTaps - 1);
-constexpr int kStepsAhead = 4;   // channel_last: rows of x under way while the rows before are computed
+constexpr int kStepsAhead = 3;   // channel_last: rows of x under way while the rows before are computed; 4 need more than 128 registers
+constexpr int kMinChunk = 9, kMaxChunk = 36;  // channel_last: steps per thread, a multiple of kStepsAhead
+static_assert(kMinChunk >= kMaxTaps - 1);     // all of a window lies before a chunk that is not the first
 constexpr int kFirstItems = 8;   // channel_first: steps per thread
 constexpr int kFirstRounds = 8;  // channel_first: warps' worth of steps per unit
 constexpr int kAnyItems = 8;
@@ -110,13 +110,13 @@ __device__ __forceinline__ bool counts(const Params& p, int64_t b, int64_t t, in
 // The input `back` >= 1 steps before the start of a sequence: from its initial state, or 0.
 __device__ __forceinline__ float before_start(const Params& p, int64_t state, int64_t d, int64_t back) {
   const int64_t column = p.width - 1 - back;
-  return p.initial_states && column >= 0 ? load_float(p.initial_states, p.initial_states_dtype, at(p.initial_states_stride, state, d, column)) : 0.f;
+  return p.initial_states && column >= 0 ? load_value(p.initial_states, p.initial_states_dtype, at(p.initial_states_stride, state, d, column)) : 0.f;
 }
 
 // One output in fp32, whatever the case.
 __device__ __forceinline__ float conv_at(const Params& p, int64_t b, int64_t d, int64_t t, const Sequence& sequence) {
   if (is_padding(p, b, t, sequence)) return 0.f;
-  float sum = p.bias ? load_float(p.bias, p.bias_dtype, d * p.bias_stride) : 0.f;
+  float sum = p.bias ? load_value(p.bias, p.bias_dtype, d * p.bias_stride) : 0.f;
 #pragma unroll 1
   for (int64_t w = 0; w < p.width; ++w) {
     const int64_t tap = t - (p.width - 1) + w;
@@ -124,8 +124,8 @@ __device__ __forceinline__ float conv_at(const Params& p, int64_t b, int64_t d, 
     if (tap < sequence.start)
       v = before_start(p, sequence.state, d, sequence.start - tap);
     else if (counts(p, b, t, tap))
-      v = load_float(p.x, p.x_dtype, at(p.x_stride, b, d, tap));
-    sum = fmaf(load_float(p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride), v, sum);
+      v = load_value(p.x, p.x_dtype, at(p.x_stride, b, d, tap));
+    sum = fmaf(load_value(p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride), v, sum);
   }
   return p.silu ? silu(sum) : sum;
 }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void copy_final_states(const Launch& l, int64_t unit)
     const int64_t end = p.cu_seqlens ? boundary(p, state + 1) : p.seqlen, start = p.cu_seqlens ? least(boundary(p, state), end) : 0;
     const int64_t t = end - past + column;
     const float v = t < start ? before_start(p, state, d, start - t)
-                              : load_float(p.x, p.x_dtype, at(p.x_stride, p.cu_seqlens ? 0 : state, d, t));
+                              : load_value(p.x, p.x_dtype, at(p.x_stride, p.cu_seqlens ? 0 : state, d, t));
     store_float(p.final_states, p.x_dtype, element, v);
   }
 }
@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 5) channel_f
 // --- any --------------------------------------------------------------------------------------------------------------
 
 template <bool kDimIsFast>
-__global__ void __launch_bounds__(kThreads) any_kernel(const __grid_constant__ Launch l) {
+__global__ void __launch_bounds__(kThreads, 8) any_kernel(const __grid_constant__ Launch l) {
   const Params& p = l.p;
   for_each_unit(l, [&](int64_t unit) {
     const int64_t slot = unit * kThreads + flat_thread();

@@ -26,4 +26,7 @@ struct CausalConv1dUpdateParams {
 
 void causal_conv1d_update_cpu(const CausalConv1dUpdateParams&, const Parallel&);
 
+// `stream` is a cudaStream_t. Returns 0 or the cudaError_t of the launch.
+int causal_conv1d_update_cuda(const CausalConv1dUpdateParams&, void* stream);
+
 }  // namespace cobra

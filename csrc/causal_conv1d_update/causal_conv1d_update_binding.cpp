@@ -1,4 +1,4 @@
-// causal_conv1d_update_fwd of torch.ops.cobra_kernels, for CPU tensors.
+// causal_conv1d_update_fwd of torch.ops.cobra_kernels, for CPU and CUDA tensors.
 #include <algorithm>
 #include <vector>
 
@@ -81,6 +81,21 @@ Tensor fwd_cpu(const Tensor& x, const Tensor& conv_state, const Tensor& weight, 
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) { m.impl("causal_conv1d_update_fwd", TORCH_BOX(&fwd_cpu)); }
+
+#if defined(COBRA_WITH_CUDA)
+CallCounter cuda_calls("causal_conv1d_update", "cuda");
+
+Tensor fwd_cuda(const Tensor& x, const Tensor& conv_state, const Tensor& weight, const OptionalTensor& bias, bool silu,
+                const OptionalTensor& cache_seqlens, const OptionalTensor& conv_state_indices) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Update call(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices);
+  check_launch(causal_conv1d_update_cuda(call.p, current_stream(x, kOp)), kOp);
+  cuda_calls.add();
+  return call.y;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) { m.impl("causal_conv1d_update_fwd", TORCH_BOX(&fwd_cuda)); }
+#endif
 
 }  // namespace
 }  // namespace cobra

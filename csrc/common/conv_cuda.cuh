@@ -16,6 +16,11 @@ __device__ __forceinline__ int64_t load_index(const void* p, DType dtype, int64_
 COBRA_HOST_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 COBRA_HOST_DEVICE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// load_float without a branch: these loads are rare, or wait for nothing.
+__device__ __forceinline__ float load_value(const void* base, DType dtype, int64_t offset) {
+  return float_of(load_bits(base, dtype, offset), dtype);
+}
+
 // n / d and n % d, n >= 0, d > 0. The compiler's own 64-bit division is a subroutine, and registers are spilled around calls.
 struct Divided {
   int64_t quotient, rest;
@@ -52,11 +57,10 @@ struct Filter {
     with_float_type(p.weight_dtype, [&](auto t) { load_weight(p, static_cast<const decltype(t)*>(p.weight) + d * p.weight_dim_stride); });
 #pragma unroll
     for (int i = 0; i < kItems; ++i) bias[i] = 0.f;
-    if (p.bias)
-      with_float_type(p.bias_dtype, [&](auto t) {
+    if (p.bias) {
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) bias[i] = to_float(static_cast<const decltype(t)*>(p.bias)[(d + i) * p.bias_stride]);
-      });
+      for (int i = 0; i < kItems; ++i) bias[i] = load_value(p.bias, p.bias_dtype, (d + i) * p.bias_stride);
+    }
   }
 
   __device__ __forceinline__ bool has(int tap) const { return kTaps == kMambaTaps || tap >= first; }

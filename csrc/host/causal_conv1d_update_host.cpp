@@ -9,8 +9,8 @@ CausalConv1dUpdateParams::Stride strides(const py::array& t, const char* name) {
   return {stride_of(t, 0, name), stride_of(t, 1, name), t.ndim() == 3 ? stride_of(t, 2, name) : 0};
 }
 
-void update(const py::array& x, const py::array& state, const py::array& weight, const OptionalArray& bias, bool silu,
-            const OptionalArray& cache_seqlens, const OptionalArray& indices, const py::array& y) {
+void update(const std::string& device, const py::array& x, const py::array& state, const py::array& weight, const OptionalArray& bias,
+            bool silu, const OptionalArray& cache_seqlens, const OptionalArray& indices, const py::array& y) {
   CausalConv1dUpdateParams p{};
   p.batch = x.shape(0);
   p.dim = x.shape(1);
@@ -44,8 +44,7 @@ void update(const py::array& x, const py::array& state, const py::array& weight,
   p.state = pointer(state);
   p.state_dtype = dtype_of(state, "state");
   p.state_stride = strides(state, "state");
-  const py::gil_scoped_release unlocked;
-  causal_conv1d_update_cpu(p, parallel());
+  run(device, p, &causal_conv1d_update_cpu, &causal_conv1d_update_cuda);
 }
 
 const Room room([](py::module_& m) { m.def("causal_conv1d_update", &update); });

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,13 +26,14 @@ class Case(NamedTuple):
     state_dtype: str = ""
     bias: bool = True
     silu: bool = True
-    layout: str = "contiguous"
+    layout: str = "contiguous"  # of harness.LAYOUTS, or "tokens+n": channel-last, rows n channels apart
     initial: bool = False
     final: bool = False
     packed: tuple[int, ...] | None = None  # cu_seqlens; batch is 1
     seq_idx: bool = False
     index: str = "i4"
     y_layout: str = ""  # empty: as x
+    weight_layout: str = ""
     one_weight: bool = False  # a channel's taps are one element, its stride along width is 0
     max_grid_x: int = 0  # 0: as the GPU
 
@@ -41,6 +43,7 @@ class Case(NamedTuple):
         return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)).replace(" ", "") or "base"
 
 
+PlainFilter = partial(Case, weight_layout="contiguous")  # what kernels for 4 taps want
 EMPTY_AND_SHORT = (0, 0, 1, 3, 3, 6, 23, 37, 37, 66)
 CASES = [
     *(Case(dim=dim, layout=x) for dim in (0, 1, 15, 16, 17, 64, 65) for x in BOTH),
@@ -64,37 +67,54 @@ CASES = [
     *(Case(seq_idx=True, index=n, layout=x, dtype=d, width=w)
       for n, d, w in (("i4", "fp32", 4), ("i8", "fp16", 4), ("i4", "fp64", 1), ("i4", "fp32", 9)) for x in (*BOTH, "strided")),
     *(Case(seq_idx=True, dim=2, seqlen=1025, layout=x) for x in BOTH),
-    # CUDA, channels in whole packs: one to two blocks of them, around the 8 to 32 steps of a thread, everything that changes a window.
-    *(Case(dim=dim, seqlen=n, layout="transposed", dtype=d) for dim in (8, 40, 264) for n in (1, 3, 9, 33) for d in ("fp32", "bf16")),
-    Case(dim=256, seqlen=300, layout="transposed", dtype="bf16", final=True),
-    *(Case(dim=40, layout="transposed", width=w, dtype=d, initial=i, final=True, silu=w != 4)
+    # CUDA, channels in whole packs: one to two blocks of them, around the 9 steps of a thread, everything that changes a window.
+    *(PlainFilter(dim=dim, seqlen=n, layout="transposed", dtype=d) for dim in (8, 40, 264) for n in (1, 3, 9, 10, 34) for d in ("fp32", "bf16")),
+    PlainFilter(dim=256, seqlen=300, layout="transposed", dtype="bf16", final=True),
+    *(PlainFilter(dim=40, layout="transposed", width=w, dtype=d, initial=i, final=True, silu=w != 4)
       for w in (1, 2, 4, 5, 8) for d in ("fp32", "fp16") for i in (False, True)),
-    *(Case(dim=40, layout="transposed", dtype=d, weight_dtype=w) for d in ("fp32", "bf16") for w in ("fp32", "bf16", "fp16")),
-    *(Case(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", dtype=d, initial=i, width=w, index=n)
+    *(PlainFilter(dim=40, layout="transposed", dtype=d, weight_dtype=w) for d in ("fp32", "bf16") for w in ("fp32", "bf16", "fp16")),
+    *(PlainFilter(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", dtype=d, initial=i, width=w, index=n)
       for d, w, n in (("fp32", 4, "i4"), ("bf16", 4, "i8"), ("fp32", 7, "i4")) for i in (False, True)),
-    *(Case(dim=40, seq_idx=True, layout="transposed", dtype=d, width=w, index=n)
+    *(PlainFilter(dim=40, seq_idx=True, layout="transposed", dtype=d, width=w, index=n)
       for d, w, n in (("fp32", 4, "i8"), ("bf16", 4, "i4"), ("fp16", 6, "i4"))),
-    *(Case(dim=40, layout=x, dtype=d) for x in ("padded", "sliced", "unaligned") for d in ("fp32", "bf16")),
+    *(PlainFilter(dim=40, layout=x, dtype=d) for x in ("padded", "sliced", "unaligned") for d in ("fp32", "bf16")),
     # CUDA, time in granules of 8: rows at every alignment, several rounds and chunks of a row, y aligned as x and not.
-    *(Case(dim=9, seqlen=n, dtype=d, layout=x, y_layout=y)
+    *(PlainFilter(dim=9, seqlen=n, dtype=d, layout=x, y_layout=y)
       for n in (5, 8, 31, 65, 263, 301) for d in ("fp32", "bf16") for x, y in (("contiguous", ""), ("unaligned", "contiguous"), ("contiguous", "sliced"))),
-    *(Case(batch=1, dim=3, seqlen=4211, dtype=d, layout=x, y_layout="contiguous", initial=True, final=True, width=w)
+    *(PlainFilter(batch=1, dim=3, seqlen=4211, dtype=d, layout=x, y_layout="contiguous", initial=True, final=True, width=w)
       for d, x, w in (("bf16", "contiguous", 4), ("fp16", "unaligned", 4), ("fp32", "unaligned", 6))),
-    *(Case(dim=11, seqlen=n, dtype=d, initial=True, final=True, layout=x)
+    *(PlainFilter(dim=11, seqlen=n, dtype=d, initial=True, final=True, layout=x)
       for n in (2, 9, 40) for d, x in (("bf16", "contiguous"), ("fp32", "unaligned"))),
-    *(Case(batch=1, dim=3, seqlen=2100, packed=(0, 3, 700, 700, 1999, 2001), dtype=d, layout=x, y_layout="contiguous", initial=i)
+    *(PlainFilter(batch=1, dim=3, seqlen=2100, packed=(0, 3, 700, 700, 1999, 2001), dtype=d, layout=x, y_layout="contiguous", initial=i)
       for d, x, i in (("bf16", "contiguous", True), ("fp16", "unaligned", False))),
-    Case(dim=3, seqlen=600, seq_idx=True, dtype="bf16", layout="unaligned", y_layout="contiguous"),
-    *(Case(layout=x, y_layout=y, dtype="bf16", dim=16) for x in BOTH for y in ("contiguous", "transposed", "strided")),
-    Case(batch=1, dim=35, seqlen=1, layout="transposed"),  # packs would stick out of a single row
-    *(Case(dim=40, layout=x, one_weight=True) for x in BOTH),
-    *(Case(batch=1, dim=40, seqlen=12, packed=p, layout=x, initial=True, final=True)
+    PlainFilter(dim=3, seqlen=600, seq_idx=True, dtype="bf16", layout="unaligned", y_layout="contiguous"),
+    *(PlainFilter(layout=x, y_layout=y, dtype="bf16", dim=16) for x in BOTH for y in ("contiguous", "transposed", "strided")),
+    *(PlainFilter(dim=40, layout=f"tokens+{x}", y_layout=f"tokens+{y}", dtype=d, initial=i, final=True)
+      for x, y in ((0, 0), (40, 0), (0, 8), (3, 0), (0, 3), (4, 0)) for d in ("fp32", "bf16") for i in (False, True)),
+    PlainFilter(batch=1, dim=35, seqlen=1, layout="transposed"),  # packs would stick out of a single row
+    *(PlainFilter(dim=40, layout=x, one_weight=True) for x in BOTH),
+    *(PlainFilter(batch=1, dim=40, seqlen=12, packed=p, layout=x, initial=True, final=True)
       for p in ((-5, 40), (3, 1, 99), (10, 0), (0, 4, 2, 10)) for x in (*BOTH, "strided")),
     # CUDA: more work than blocks.
-    *(Case(dim=dim, seqlen=100, layout=x, final=True, initial=True, max_grid_x=2) for dim in (35, 40) for x in BOTH),
-    Case(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", initial=True, final=True, max_grid_x=2),
+    *(PlainFilter(dim=dim, seqlen=100, layout=x, final=True, initial=True, max_grid_x=2) for dim in (35, 40) for x in BOTH),
+    PlainFilter(batch=1, dim=40, seqlen=70, packed=EMPTY_AND_SHORT, layout="transposed", initial=True, final=True, max_grid_x=2),
 ]  # fmt: skip
 SANITIZED = [case for i, case in enumerate(CASES) if case.dim * case.seqlen <= 3000 or i % 5 == 0]
+
+
+def laid_out(shape, dtype, layout, values=None) -> Tensor:
+    """A tensor of one of the harness's layouts or of "tokens+n"; what is not (batch, dim, seqlen) is contiguous then."""
+    if not layout.startswith("tokens+"):
+        return Tensor(shape, dtype, layout, values)
+    if len(shape) != 3:
+        return Tensor(shape, dtype, values=values)
+    batch, dim, seqlen = shape
+    tensor = Tensor((batch, seqlen, dim + int(layout.removeprefix("tokens+"))), dtype)
+    tensor.array = tensor.array[..., :dim].transpose(0, 2, 1)
+    if values is not None:
+        tensor.array[...] = harness.rounded(values, dtype)
+        tensor.before = tensor.buffer.copy()
+    return tensor
 
 
 def expected_conv(x, weight, bias, silu, initial):
@@ -113,14 +133,15 @@ def check(host, case: Case, device: str) -> None:
     states = (case.batch if case.packed is None else len(case.packed) - 1, case.dim, past)
 
     def make(shape, dtype):
-        return Tensor(shape, dtype or case.dtype, case.layout, rng.standard_normal(shape))
+        layout = case.weight_layout if shape == (case.dim, case.width) else ""
+        return laid_out(shape, dtype or case.dtype, layout or case.layout, rng.standard_normal(shape))
 
     inputs = {"x": make(shape, ""), "weight": make((case.dim, case.width), case.weight_dtype)}
     if case.one_weight:
         inputs["weight"].array = np.broadcast_to(inputs["weight"].array[:, :1], (case.dim, case.width))
     inputs["bias"] = make((case.dim,), case.weight_dtype) if case.bias else None
     inputs["initial"] = make(states, case.state_dtype) if case.initial else None
-    y = Tensor(shape, case.dtype, case.y_layout or ("contiguous" if case.layout == "expanded" else case.layout))
+    y = laid_out(shape, case.dtype, case.y_layout or ("contiguous" if case.layout == "expanded" else case.layout))
     final = Tensor(states, case.dtype) if case.final else None
     cu_seqlens = None if case.packed is None else np.array(case.packed, case.index)
     seq_idx = np.repeat(rng.integers(-1, 3, (case.batch, case.seqlen)), 5, axis=1)[:, : case.seqlen] if case.seq_idx else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
-DEVICES = ("cpu",)
+DEVICES = ("cuda", "cpu")
 
 
 class Case(NamedTuple):
@@ -26,9 +27,13 @@ class Case(NamedTuple):
     bias: bool = True
     silu: bool = True
     layout: str = "contiguous"
+    y_layout: str = ""  # empty: as x
+    weight_layout: str = ""
     state_layout: str = "contiguous"
     circular: str | None = None  # dtype of cache_seqlens
     indices: str | None = None
+    any_bits: bool = False  # x and the state hold any bits, signalling NaNs too; the new state is compared bit for bit
+    max_grid_x: int = 0  # 0: as the GPU
 
     @property
     def id(self) -> str:
@@ -36,6 +41,7 @@ class Case(NamedTuple):
         return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)) or "base"
 
 
+PlainFilter = partial(Case, weight_layout="contiguous")  # what the kernel for a decode step wants
 CASES = [
     Case(),
     # A state of 2, 3 or 4 columns has code of its own, in blocks of 1024 channels.
@@ -58,8 +64,23 @@ CASES = [
       for x in harness.LAYOUTS[1:] for y in ("contiguous", x) if y != "expanded" for d in ("fp32", "bf16") for s in (None, 2)),
     *(Case(state_layout=x, state_len=n) for x in harness.LAYOUTS[1:-1] for n in (3, 5)),
     *(Case(circular="i4", state_len=5, steps=2, layout=x, state_layout=x) for x in harness.LAYOUTS[1:-1]),
+    # CUDA, a decode step: several blocks of packs, batch rows around those of a thread, padding, what keeps a state out of packs.
+    *(PlainFilter(batch=b, dim=d, state_len=n, dtype=t) for b, d in ((1, 40), (2, 2056), (9, 8)) for n in (3, 4) for t in ("fp32", "bf16", "fp16")),
+    *(PlainFilter(batch=7, dim=40, state_len=n, indices=i, dtype=t) for n in (3, 4) for i, t in (("i4", "bf16"), ("i8", "fp32"))),
+    *(PlainFilter(dim=40, state_len=n, dtype="bf16", weight_dtype="fp32", bias=n == 3, silu=n == 3, steps=1) for n in (3, 4)),
+    *(PlainFilter(dim=d, state_len=n, dtype="bf16", batch=b) for b, d in ((1, 9), (1, 15), (5, 6), (3, 12), (2, 34)) for n in (3, 4)),
+    *(PlainFilter(dim=40, state_len=4, layout=x, state_layout=y, dtype="bf16")
+      for x, y in (("padded", "contiguous"), ("unaligned", "contiguous"), ("contiguous", "unaligned"), ("sliced", "contiguous"),
+                   ("contiguous", "sliced"), ("transposed", "transposed"), ("contiguous", "transposed"), ("strided", "contiguous"),
+                   ("contiguous", "padded"), ("contiguous", "columns"))),
+    *(PlainFilter(dim=40, state_len=4, layout=x, y_layout=y, dtype="bf16") for x, y in (("strided", "contiguous"), ("contiguous", "strided"))),
+    *(PlainFilter(dim=40, state_len=4, circular="i4", steps=s) for s in (None, 1)),
+    *(PlainFilter(dim=40, state_len=4, dtype=t, state_dtype=s) for t, s in (("bf16", "fp32"), ("fp16", "bf16"), ("fp32", "bf16"))),
+    *(PlainFilter(dim=40, state_len=n, dtype=t, any_bits=True, steps=s, indices=i)
+      for n in (3, 4, 6) for t in ("fp32", "bf16", "fp16") for s, i in ((None, None), (2, None), (None, "i4"))),
+    *(PlainFilter(batch=9, dim=d, state_len=n, indices="i4", max_grid_x=1) for d in (40, 300) for n in (4, 5)),
 ]  # fmt: skip
-SANITIZED = CASES
+SANITIZED = [case for i, case in enumerate(CASES) if case.batch * case.dim <= 400 or i % 5 == 0]
 
 
 def expected_update(x, state, weight, bias, silu, seen, rows):
@@ -84,6 +105,8 @@ def expected_update(x, state, weight, bias, silu, seen, rows):
 
 def check(host, case: Case, device: str) -> None:
     """One update against fp64, inputs unchanged, guards whole, y written, padding and kept columns left alone."""
+    if device == "cuda" and "fp64" in (case.dtype, case.state_dtype):
+        return  # served by cpu and reference only
     rng = np.random.default_rng(0)
     pool = case.batch if case.indices is None else case.batch + 2
     shape = (case.batch, case.dim) if case.steps is None else (case.batch, case.dim, case.steps)
@@ -91,10 +114,16 @@ def check(host, case: Case, device: str) -> None:
     def make(shape, dtype=case.dtype, layout=case.layout):
         return Tensor(shape, dtype or case.dtype, layout, rng.standard_normal(shape))
 
-    state = make((pool, case.dim, case.state_len), case.state_dtype, case.state_layout)
-    inputs = {"x": make(shape), "weight": make((case.dim, case.width), case.weight_dtype)}
+    if case.state_layout == "columns":  # as in other states, channels are state_len apart; columns are far apart
+        state = Tensor((pool, case.state_len, case.dim, case.state_len), case.state_dtype or case.dtype)
+        state.array = state.array[..., 0].transpose(0, 2, 1)
+        state.array[...] = harness.rounded(rng.standard_normal(state.array.shape), state.dtype)
+        state.before = state.buffer.copy()
+    else:
+        state = make((pool, case.dim, case.state_len), case.state_dtype, case.state_layout)
+    inputs = {"x": make(shape), "weight": make((case.dim, case.width), case.weight_dtype, case.weight_layout or case.layout)}
     inputs["bias"] = make((case.dim,), case.weight_dtype) if case.bias else None
-    y = Tensor(shape, case.dtype, "contiguous" if case.layout == "expanded" else case.layout)
+    y = Tensor(shape, case.dtype, case.y_layout or ("contiguous" if case.layout == "expanded" else case.layout))
     # Any number of steps may have been seen; a count below 0 wraps too.
     seen = np.array([7, -1, 2**31 - 1], case.circular)[: case.batch] if case.circular else None
     rows = np.arange(case.batch)
@@ -103,11 +132,26 @@ def check(host, case: Case, device: str) -> None:
         rows[1:2] = -1
         rows[-1:] = pool + 5  # clamped: wrong numbers in the last row of the pool, no access outside it
 
+    if case.any_bits:
+        for tensor in (state, inputs["x"]):
+            bits = tensor.array.view(harness.BITS[tensor.array.itemsize])
+            bits[...] = rng.integers(0, 2 ** (8 * bits.itemsize), bits.shape, np.uint64)
+        bits, new = state.array.view(harness.BITS[state.array.itemsize]), inputs["x"].array.view(harness.BITS[inputs["x"].array.itemsize])
+        expected_bits = bits.copy()
+        for b, row in enumerate(np.minimum(rows, pool - 1)):
+            if row >= 0:
+                expected_bits[row] = np.concatenate([bits[row], new[b].reshape(case.dim, -1)], axis=1)[:, -case.state_len :]
+        host.causal_conv1d_update(device, inputs["x"].array, state.array, inputs["weight"].array, None, case.silu, None,
+                                  rows if case.indices else None, y.array)  # fmt: skip
+        assert np.array_equal(bits, expected_bits), f"conv_state: {(bits != expected_bits).sum()} of {bits.size} elements changed their bits"
+        state.check_guards("conv_state")
+        return
+
     wide = {name: None if t is None else t.values() for name, t in inputs.items()}
     wide["x"] = wide["x"].reshape(case.batch, case.dim, 1 if case.steps is None else case.steps)
     wide["bias"] = np.zeros(case.dim) if wide["bias"] is None else wide["bias"]
     expected_y, expected_state = expected_update(wide["x"], state.values(), wide["weight"], wide["bias"], case.silu, seen, np.minimum(rows, pool - 1))
-    host.causal_conv1d_update(inputs["x"].array, state.array, inputs["weight"].array, inputs["bias"].array if case.bias else None, case.silu,
+    host.causal_conv1d_update(device, inputs["x"].array, state.array, inputs["weight"].array, inputs["bias"].array if case.bias else None, case.silu,
                               seen, rows if case.indices else None, y.array)  # fmt: skip
     check_close(y, expected_y.reshape(shape), harness.OUTPUT[case.dtype], "y")
     exact = state.dtype == case.dtype
@@ -132,7 +176,7 @@ def check_large_strides(host, device: str) -> None:
         expected_y, expected_state = expected_update(
             at.astype(np.float64), pool.astype(np.float64), weight, bias, True, None, range(at.shape[0])
         )
-        host.causal_conv1d_update(at, pool, weight, None, True, None, None, view(y))
+        host.causal_conv1d_update(device, at, pool, weight, None, True, None, None, view(y))
         error = np.linalg.norm(view(y) - expected_y) / np.linalg.norm(expected_y)
         assert error <= harness.OUTPUT["fp16"] * 1.5, f"y: relative error {error:.2e} with {what} 2^31 + 64 elements apart"
         assert np.array_equal(pool, expected_state), f"conv_state: wrong with {what} 2^31 + 64 elements apart"

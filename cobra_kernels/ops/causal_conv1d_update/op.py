@@ -7,7 +7,7 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define
 from ..causal_conv1d.op import check_activation, check_not_expanded, check_weight
@@ -126,7 +126,7 @@ BACKENDS = {
     "reference": Backend(reference_reason, gradients="none (forward only)"),
     "cpu": Backend(cpu_reason, gradients="none (forward only)"),
     "triton": Backend(no_kernel, gradients="none (forward only)"),
-    "cuda": Backend(no_kernel, gradients="none (forward only)"),
+    "cuda": Backend(cuda_reason, gradients="none (forward only)"),
 }
 
 
@@ -143,4 +143,4 @@ define(
     _fwd_fake,
 )
 
-_FORWARD = {"cpu": OPS.causal_conv1d_update_fwd.default}
+_FORWARD = {name: OPS.causal_conv1d_update_fwd.default for name in ("cpu", "cuda")}
