@@ -36,6 +36,9 @@ LM = {
 # Sequence lengths: one image (27 x 27 patches) and a short question; the LDP projector's 14 x 14; a round long one.
 LENGTHS = {"image": 800, "image-ldp": 267, "2k": 2048}
 BATCHES = {"decode-1": 1, "decode-8": 8, "decode-64": 64}
+# What a GPU is asked instead: bf16, the model of 3B parameters, and lengths that no vector width divides.
+GPU_LENGTHS = {"image": 800, "odd": 801, "2k": 2048, "8k": 8192, "32k": 32768}
+GPU_BATCHES = {"decode-1": 1, "decode-64": 64, "decode-256": 256}
 
 
 @dataclass(frozen=True)

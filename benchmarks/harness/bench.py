@@ -63,16 +63,18 @@ class Bench:
     wrong: list[str] = field(default_factory=list)
 
 
-def backend_providers(op: str, call: Callable[..., Any], names: Iterable[str] = BACKENDS) -> list[Provider]:
-    """One provider per backend that this machine has: call(*inputs, backend=name)."""
+def backend_providers(op: str, call: Callable[..., Any], names: Iterable[str] = BACKENDS, device: str = "cpu") -> list[Provider]:
+    """One provider per backend that this machine has for `device`: call(*inputs, backend=name)."""
     from cobra_kernels import backends
 
     have = backends()
+    serves = ("reference", "cpu") if device == "cpu" else ("cuda", "triton")
 
     def bound(name: str) -> Callable[..., Any]:
         return lambda *inputs: call(*inputs, backend=name)
 
-    return [Provider(name, bound(name)) for name in names if have[name] is None]
+    ordered = names if device == "cpu" else serves  # on a GPU the fastest first: the others are compared with it
+    return [Provider(name, bound(name)) for name in ordered if name in serves and have[name] is None]
 
 
 def tensors_of(result: Any) -> list[torch.Tensor]:
@@ -122,6 +124,7 @@ def selected(cases: Iterable[Case], args: argparse.Namespace) -> list[Case]:
 def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, environment: dict) -> None:
     from benchmarks import roofline
     from cobra_kernels import call_counts, reset_call_counts
+    from cobra_kernels.errors import BackendUnavailable
 
     providers = []
     for provider in case.providers:
@@ -142,7 +145,12 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
     for provider in list(providers):
         inputs = (provider.make_inputs or case.make_inputs)(0)
         results: list[Any] = []
-        first_calls[provider.name] = CpuTimer()(lambda p=provider, i=inputs, r=results: (r.append(p.call(*i)), synchronize()))
+        try:
+            first_calls[provider.name] = CpuTimer()(lambda p=provider, i=inputs, r=results: (r.append(p.call(*i)), synchronize()))
+        except BackendUnavailable as error:
+            bench.left_out.append(f"{case.title}: {error}")
+            providers.remove(provider)
+            continue
         result = results.pop()
         if not provider.comparable:
             continue
@@ -154,6 +162,8 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
             bench.wrong.append(f"{case.title}: {provider.name} differs from {providers[0].name} by {error:.1e}; not timed")
             providers.remove(provider)
     del expected
+    if not providers:
+        return
     roof = roofline.roof_for(case.roof, case.cost, args.device)
     timings = measure(
         [*providers, *roof.providers], case.make_inputs, cache=case.cache, seconds=args.seconds, seed=args.seed,

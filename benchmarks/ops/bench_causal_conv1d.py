@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
-from benchmarks.shapes import LENGTHS, LM
+from benchmarks.shapes import GPU_LENGTHS, LENGTHS, LM
 from cobra_kernels import causal_conv1d
 
 WIDTH = 4
@@ -20,6 +21,8 @@ SHAPES = {
     "cobra-3b-2k": (1, LM["cobra-3b"].d_inner, LENGTHS["2k"]),
     "130m-batch-8": (8, LM["130m"].d_inner, LENGTHS["image"]),
 }
+
+GPU_SHAPES = {f"cobra-3b-{name}": (1, LM["cobra-3b"].d_inner, GPU_LENGTHS[name]) for name in ("image", "odd", "8k")}
 
 
 def cost(batch: int, dim: int, seqlen: int, dtype: torch.dtype) -> Cost:
@@ -54,26 +57,27 @@ def shift_and_add(x, weight, bias):
     return F.silu(y).to(x.dtype), x[..., -(WIDTH - 1) :].clone()
 
 
-def providers() -> list[Provider]:
+def providers(device: str = "cpu", compiled: bool = True) -> list[Provider]:
     return [
-        *backend_providers("causal_conv1d", ours, ("cpu", "triton", "cuda", "reference")),
+        *backend_providers("causal_conv1d", ours, ("cpu", "triton", "cuda", "reference"), device),
+        *(peers.causal_conv1d(WIDTH) if device != "cpu" else []),
         Provider("torch conv1d", torch_conv),
-        Provider("torch.compile", torch.compile(shift_and_add, dynamic=False), slow_start=True),
+        *([Provider("torch.compile", torch.compile(shift_and_add, dynamic=False), slow_start=True)] if compiled else []),
     ]
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     for layout in ("first", "last"):
-        for shape, (batch, dim, seqlen) in SHAPES.items():
-            for name in ("fp32", "bf16"):
+        for shape, (batch, dim, seqlen) in (SHAPES if args.device == "cpu" else GPU_SHAPES).items():
+            for name in ("fp32", "bf16") if args.device == "cpu" else ("bf16",):
 
                 def inputs(index: int, sizes=(batch, dim, seqlen, DTYPES[name], layout)) -> tuple:
                     return make_inputs(*sizes, args.device, index)
 
                 yield Case(
                     f"channel-{layout}", name, shape, {"batch": batch, "dim": dim, "seqlen": seqlen},
-                    cost(batch, dim, seqlen, DTYPES[name]), "copy", inputs, providers(),
-                    quick=name == "fp32" and shape == "cobra-3b-image",
+                    cost(batch, dim, seqlen, DTYPES[name]), "copy", inputs,
+                    providers(args.device, args.device == "cpu" or shape == "cobra-3b-image"), quick=(name == "fp32" or args.device != "cpu") and shape == "cobra-3b-image",
                 )  # fmt: skip
 
 

@@ -8,13 +8,15 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
-from benchmarks.shapes import BATCHES, LM
+from benchmarks.shapes import BATCHES, GPU_BATCHES, LM
 from cobra_kernels import causal_conv1d_update
 
 WIDTH = STATE_LEN = 4  # the model keeps as many columns as the window is wide
 SHAPES = {f"{model}-{batch}": (BATCHES[batch], LM[model].d_inner) for model in ("130m", "cobra-3b") for batch in BATCHES}
+GPU_SHAPES = {f"cobra-3b-{name}": (batch, LM["cobra-3b"].d_inner) for name, batch in GPU_BATCHES.items()}
 
 
 def cost(batch: int, dim: int, dtype: torch.dtype) -> Cost:
@@ -43,24 +45,26 @@ def torch_eager(x, state, weight, bias):
     return F.silu((state.float() * weight).sum(-1) + bias).to(x.dtype)
 
 
-def providers() -> list[Provider]:
+def providers(device: str = "cpu") -> list[Provider]:
     return [
-        *backend_providers("causal_conv1d_update", ours, ("cpu", "triton", "cuda", "reference")),
+        *backend_providers("causal_conv1d_update", ours, ("cpu", "triton", "cuda", "reference"), device),
+        *(peers.causal_conv1d_update() if device != "cpu" else []),
         Provider("torch", torch_eager),
         Provider("torch.compile", torch.compile(torch_eager, dynamic=False), slow_start=True),
     ]
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    for name in ("fp32", "bf16"):
-        for shape, (batch, dim) in SHAPES.items():
+    gpu = args.device != "cpu"
+    for name in ("bf16",) if gpu else ("fp32", "bf16"):
+        for shape, (batch, dim) in (GPU_SHAPES if gpu else SHAPES).items():
 
             def inputs(index: int, sizes=(batch, dim, DTYPES[name])) -> tuple:
                 return make_inputs(*sizes, args.device, index)
 
             yield Case(
-                "update", name, shape, {"batch": batch, "dim": dim}, cost(batch, dim, DTYPES[name]), "copy", inputs, providers(),
-                quick=name == "fp32" and shape == "cobra-3b-decode-64",
+                "update", name, shape, {"batch": batch, "dim": dim}, cost(batch, dim, DTYPES[name]), "copy", inputs,
+                providers(args.device), quick=(gpu or name == "fp32") and shape == "cobra-3b-decode-64",
             )  # fmt: skip
 
 

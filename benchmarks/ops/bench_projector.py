@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,9 @@ from cobra_kernels import ldp_projector, mlp_projector
 
 GRID, OUT_GRID = (27, 27), (14, 14)
 OUT_TOKENS = OUT_GRID[0] * OUT_GRID[1]
+GRID_TOKENS = GRID[0] * GRID[1]
+# On a GPU: one image, and the batch that fills it.
+GPU_SHAPES = {f"cobra-3b-{images}": replace(PROJECTOR["cobra-3b"], tokens=images * GRID_TOKENS) for images in (1, 8)}
 
 
 def mlp_cost(shape: ProjectorShape, dtype: torch.dtype) -> Cost:
@@ -30,8 +34,9 @@ def ldp_cost(shape: ProjectorShape, dtype: torch.dtype) -> Cost:
     """The least: the second product after the pool."""
     v = sum(shape.vision_dims)
     first, second = v * shape.hidden, shape.hidden * shape.d_model
-    moved = first + second + shape.tokens * v + OUT_TOKENS * shape.d_model
-    return Cost(bytes=moved * dtype.itemsize, flops=2 * (shape.tokens * first + OUT_TOKENS * second))
+    pooled = shape.tokens // GRID_TOKENS * OUT_TOKENS
+    moved = first + second + shape.tokens * v + pooled * shape.d_model
+    return Cost(bytes=moved * dtype.itemsize, flops=2 * (shape.tokens * first + pooled * second))
 
 
 def make_inputs(shape: ProjectorShape, layers: int, peg: bool, dtype: torch.dtype, device: str, index: int) -> tuple:
@@ -41,7 +46,8 @@ def make_inputs(shape: ProjectorShape, layers: int, peg: bool, dtype: torch.dtyp
         return torch.randn(size, generator=g, device=device).mul_(scale).to(dtype)
 
     widths = [sum(shape.vision_dims), shape.hidden, shape.d_model, shape.d_model][: layers + 1]
-    features = [randn(1, shape.tokens, v) for v in shape.vision_dims]
+    images = shape.tokens // GRID_TOKENS
+    features = [randn(images, GRID_TOKENS, v) for v in shape.vision_dims]
     weights = [randn(out, into, scale=into**-0.5) for into, out in zip(widths, widths[1:])]
     biases = [randn(out) for out in widths[1:]]
     encoding = (randn(shape.d_model, 1, 3, 3, scale=0.3), randn(shape.d_model)) if peg else ()
@@ -69,18 +75,28 @@ def torch_ldp(features, weights, biases, peg_weight, peg_bias):
     return (p + F.conv2d(p, peg_weight, peg_bias, padding=1, groups=p.shape[1])).flatten(2).transpose(1, 2).contiguous()
 
 
-def providers(op: str, call: Callable, peer: Callable) -> list[Provider]:
+def cublaslt_mlp(features, weights, biases):
+    """Bias and GELU in the product's epilogue, the towers concatenated first. Its GELU is the tanh form, no library has erf."""
+    h = torch.cat(features, -1).flatten(0, -2)
+    for weight, bias in zip(weights[:-1], biases[:-1]):
+        h = torch._addmm_activation(bias, h, weight.t(), use_gelu=True)
+    return torch.addmm(biases[-1], h, weights[-1].t()).unflatten(0, features[0].shape[:-1])
+
+
+def providers(op: str, call: Callable, peer: Callable, device: str = "cpu") -> list[Provider]:
     return [
-        *backend_providers(op, call, ("cpu", "reference")),
+        *backend_providers(op, call, ("cpu", "reference"), device),
         Provider("torch", peer),
+        *([Provider("cublasLt epilogues", cublaslt_mlp)] if device != "cpu" and op == "mlp_projector" else []),
         Provider("torch.compile", torch.compile(peer, dynamic=False), slow_start=True),
     ]
 
 
 def cases_of(op: str, layers: int, cost: Callable, call: Callable, peer: Callable) -> Callable[[argparse.Namespace], Iterator[Case]]:
     def cases(args: argparse.Namespace) -> Iterator[Case]:
-        for name, shape in PROJECTOR.items():
-            for dtype_name in ("fp32", "bf16"):
+        gpu = args.device != "cpu"
+        for name, shape in (GPU_SHAPES if gpu else PROJECTOR).items():
+            for dtype_name in ("bf16",) if gpu else ("fp32", "bf16"):
                 dtype = DTYPES[dtype_name]
 
                 def inputs(index: int, shape=shape, dtype=dtype) -> tuple:
@@ -88,16 +104,21 @@ def cases_of(op: str, layers: int, cost: Callable, call: Callable, peer: Callabl
 
                 dims = {"tokens": shape.tokens, "v": sum(shape.vision_dims), "hidden": shape.hidden, "out": shape.d_model}
                 yield Case(
-                    "fwd", dtype_name, name, dims, cost(shape, dtype), "matmul", inputs, providers(op, call, peer),
-                    quick=name == "laptop" and dtype_name == "fp32",
+                    "fwd", dtype_name, name, dims, cost(shape, dtype), "matmul", inputs,
+                    providers(op, call, peer, args.device), quick=name == "cobra-3b-1" or name == "laptop" and dtype_name == "fp32",
                 )  # fmt: skip
 
     return cases
 
 
+CASES = {
+    "mlp_projector": cases_of("mlp_projector", 3, mlp_cost, mlp, torch_mlp),
+    "ldp_projector": cases_of("ldp_projector", 2, ldp_cost, ldp, torch_ldp),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    status = run_bench("mlp_projector", cases_of("mlp_projector", 3, mlp_cost, mlp, torch_mlp), argv)
-    return run_bench("ldp_projector", cases_of("ldp_projector", 2, ldp_cost, ldp, torch_ldp), argv) or status
+    return max(run_bench(op, cases, argv) for op, cases in CASES.items())
 
 
 if __name__ == "__main__":

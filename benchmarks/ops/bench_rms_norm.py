@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
 from benchmarks.shapes import LENGTHS, LM
@@ -22,6 +23,8 @@ SHAPES = {
     "cobra-3b-2k": (LENGTHS["2k"], LM["cobra-3b"].d_model),
     "cobra-3b-decode-64": (64, LM["cobra-3b"].d_model),
 }
+
+GPU_SHAPES = {name: shape for name, shape in SHAPES.items() if name.startswith("cobra-3b")}
 
 
 def cost(rows: int, dim: int, dtype: torch.dtype, mode: str) -> Cost:
@@ -73,25 +76,27 @@ def torch_compiled():
     return call
 
 
-def providers() -> list[Provider]:
+def providers(device: str = "cpu") -> list[Provider]:
     return [
-        *backend_providers("rms_norm", ours),
+        *backend_providers("rms_norm", ours, device=device),
+        *(peers.rms_norm(EPS) if device != "cpu" else []),
         Provider("torch", torch_eager),
         Provider("torch.compile", torch_compiled(), slow_start=True),
     ]
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
+    gpu = args.device != "cpu"
     for mode in ("fwd", "fwd+bwd"):
-        for shape, (rows, dim) in SHAPES.items():
-            for name in ("fp32", "bf16"):
+        for shape, (rows, dim) in (GPU_SHAPES if gpu else SHAPES).items():
+            for name in ("bf16",) if gpu else ("fp32", "bf16"):
                 dtype = DTYPES[name]
 
                 def inputs(index: int, rows=rows, dim=dim, dtype=dtype, grad=mode != "fwd") -> tuple:
                     return make_inputs(rows, dim, dtype, args.device, grad, index)
 
                 yield Case(
-                    mode, name, shape, {"rows": rows, "dim": dim}, cost(rows, dim, dtype, mode), "copy", inputs, providers(),
+                    mode, name, shape, {"rows": rows, "dim": dim}, cost(rows, dim, dtype, mode), "copy", inputs, providers(args.device),
                     quick=shape == "cobra-3b-image",
                 )  # fmt: skip
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
-from benchmarks.shapes import LENGTHS, LM
+from benchmarks.shapes import GPU_LENGTHS, LENGTHS, LM
 from cobra_kernels import selective_scan
 
 SHAPES = {
@@ -21,6 +22,8 @@ SHAPES = {
     "cobra-3b-image": (1, LM["cobra-3b"].d_inner, LENGTHS["image"], LM["cobra-3b"].dstate),
     "cobra-3b-2k": (1, LM["cobra-3b"].d_inner, LENGTHS["2k"], LM["cobra-3b"].dstate),
 }
+GPU_SHAPES = {f"cobra-3b-{name}": (1, LM["cobra-3b"].d_inner, GPU_LENGTHS[name], LM["cobra-3b"].dstate) for name in ("image", "2k", "32k")}
+GPU_SHAPES["cobra-3b-2k-batch-8"] = (8, *GPU_SHAPES["cobra-3b-2k"][1:])
 LAYOUTS = ("channel-last", "channel-first")
 
 
@@ -78,7 +81,7 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
     return (y * F.silu(z.float())).to(u.dtype), states[:, -1]
 
 
-def peers() -> list[Provider]:
+def cpu_peers() -> list[Provider]:
     found = [Provider("materialised loop (transformers)", materialised_loop)]
     try:
         import mambapy.pscan  # noqa: F401
@@ -88,29 +91,23 @@ def peers() -> list[Provider]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
-    for shape, (batch, dim, seqlen, dstate) in SHAPES.items():
+    gpu = args.device != "cpu"
+    for shape, (batch, dim, seqlen, dstate) in (GPU_SHAPES if gpu else SHAPES).items():
         for layout in LAYOUTS:
-            for name in ("fp32", "bf16"):
+            for name in ("bf16",) if gpu else ("fp32", "bf16"):
                 dtype = DTYPES[name]
 
                 def inputs(index: int, dims=(batch, dim, seqlen, dstate), dtype=dtype, layout=layout) -> tuple:
                     return make_inputs(*dims, dtype, layout, args.device, index)
 
                 compared = layout == LAYOUTS[0] and name == "fp32"
-                kernels = backend_providers("selective_scan", ours, ("cpu", "triton", "cuda"))  # the reference takes seconds
-                providers = [p for p in kernels if serves(p.name, args.device)]
+                providers = backend_providers("selective_scan", ours, ("cpu", "triton", "cuda"), args.device)  # the reference takes seconds
+                others = peers.selective_scan(inputs) if gpu else cpu_peers() if compared else []
                 yield Case(
                     f"fwd {layout}", name, shape, {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": dstate},
-                    cost(batch, dim, seqlen, dstate, dtype), "exp", inputs, [*providers, *(peers() if compared else [])],
-                    quick=shape == "cobra-3b-image" and not compared or shape == "130m-image" and compared,
+                    cost(batch, dim, seqlen, dstate, dtype), "exp", inputs, [*providers, *others],
+                    quick=gpu and shape == "cobra-3b-image" or shape == "cobra-3b-image" and not compared or shape == "130m-image" and compared,
                 )  # fmt: skip
-
-
-def serves(backend: str, device: str) -> bool:
-    """Whether this op has that backend for tensors on `device`."""
-    from cobra_kernels import supports
-
-    return supports("selective_scan", *make_inputs(1, 2, 3, 2, torch.float32, LAYOUTS[0], device, 0), True, backend=backend)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,12 +8,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from benchmarks import peers
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
-from benchmarks.shapes import BATCHES, LM
+from benchmarks.shapes import BATCHES, GPU_BATCHES, LM
 from cobra_kernels import selective_state_update
 
 SHAPES = {f"{model}-{batch}": (BATCHES[batch], LM[model].d_inner, LM[model].dstate) for model in ("130m", "cobra-3b") for batch in BATCHES}
+GPU_SHAPES = {f"cobra-3b-{name}": (batch, LM["cobra-3b"].d_inner, LM["cobra-3b"].dstate) for name, batch in GPU_BATCHES.items()}
 # Activations and state: the model's default keeps the state in fp32 whatever the activations are.
 MIXES = {"fp32": (torch.float32, torch.float32), "bf16": (torch.bfloat16, torch.float32), "bf16-state": (torch.bfloat16, torch.bfloat16)}
 
@@ -49,17 +51,21 @@ def torch_eager(state, x, dt, A, B, C, D, z, dt_bias):
     return ((h * C.float()[:, None]).sum(-1) + D * u).mul_(F.silu(z.float())).to(x.dtype)
 
 
-def providers() -> list[Provider]:
+def providers(device: str = "cpu") -> list[Provider]:
     return [
-        *backend_providers("selective_state_update", ours, ("cpu", "reference")),
+        *backend_providers("selective_state_update", ours, ("cpu", "reference"), device),
+        *(peers.selective_state_update() if device != "cpu" else []),
         Provider("torch", torch_eager),
         Provider("torch.compile", torch.compile(torch_eager, dynamic=False), slow_start=True),
     ]
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
+    gpu = args.device != "cpu"
     for mix, (dtype, state_dtype) in MIXES.items():
-        for shape, (batch, dim, dstate) in SHAPES.items():
+        if gpu and mix != "bf16":  # bf16 activations, fp32 state: the model's default
+            continue
+        for shape, (batch, dim, dstate) in (GPU_SHAPES if gpu else SHAPES).items():
 
             def inputs(index: int, sizes=(batch, dim, dstate, dtype, state_dtype)) -> tuple:
                 return make_inputs(*sizes, args.device, index)
@@ -67,8 +73,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             name = next(k for k, v in DTYPES.items() if v == dtype)
             yield Case(
                 "bf16 state" if mix == "bf16-state" else "update", name, shape, {"batch": batch, "dim": dim, "dstate": dstate},
-                cost(batch, dim, dstate, dtype, state_dtype), "copy", inputs, providers(),
-                quick=mix == "fp32" and shape == "cobra-3b-decode-64",
+                cost(batch, dim, dstate, dtype, state_dtype), "copy", inputs,
+                providers(args.device), quick=(gpu or mix == "fp32") and shape == "cobra-3b-decode-64",
             )  # fmt: skip
 
 
