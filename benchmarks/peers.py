@@ -90,7 +90,7 @@ def compile_commands(peer: Peer, architecture: str, nvcc: str, cxx: str) -> tupl
         commands.append([*tool, *shared, "-c", str(peer.unpacked / source), "-o", str(output)])
     libraries = ["-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch", "-ltorch_python", "-lcudart"]
     folders = [f"-L{path}" for path in (*library_paths(), toolkit / "lib64")]
-    link = [cxx, "-shared", "-Wl,-z,lazy", "-o", str(peer.library), *objects, *folders, *libraries]
+    link = [cxx, "-shared", "-Wl,-z,lazy", "-Wl,--no-as-needed", "-o", str(peer.library), *objects, *folders, *libraries]
     return commands, link
 
 

@@ -153,7 +153,7 @@ def test_peers_are_built_from_their_sdists(tmp_path, monkeypatch):
     ]
     compiled = [c for c in commands if "-c" in c]
     assert len(compiled) == 3 and sum("-gencode=arch=compute_90,code=sm_90" in c for c in compiled) == 2 and len(commands) == 4
-    assert "-Wl,-z,lazy" in commands[-1]
+    assert {"-Wl,-z,lazy", "-Wl,--no-as-needed"} <= set(commands[-1])
     assert "causal_conv1d 1.7.0: built before" in peers.build(tmp_path, "90") and len(commands) == 4
     monkeypatch.setattr(peers, "run", lambda command: "error: no such header")
     assert "causal_conv1d 1.7.0: does not build: error: no such header" in peers.build(tmp_path, "100")
