@@ -26,6 +26,8 @@ class Case(NamedTuple):
     layout: str = "contiguous"
     tied: bool = False  # A expanded along dstate
     other: tuple[str, str] = ("", "")  # one tensor of another dtype, or in another layout
+    gap: str = ""  # "batch", "head" or "dim": that stride of the state is odd, the others are not
+    infinite: bool = False  # every third rate of decay; 0 times it is NaN, and no step of padding is taken
     max_grid_x: int = 0  # 0: as the GPU; here it limits y and z too
 
     @property
@@ -54,7 +56,10 @@ CASES = [
     Case(tied=True, dstate=257),
     *(Case(indices=i) for i in ("i4", "i8")),
     *(Case(indices="i4", batch=n, dim=33, dtype=d, state_dtype="fp32") for n, d in ((9, "bf16"), (4, "fp32"))),
+    *(Case(indices="i4", infinite=True, options=o, dim=33, dtype=d) for o in (True, False) for d in ("fp32", "bf16")),
     *(Case(layout=x, dtype=d) for x in harness.LAYOUTS[1:5] for d in ("fp32", "bf16")),
+    *(Case(layout="padded", dstate=n, dim=9, dtype=d) for n, d in ((7, "fp32"), (12, "bf16"))),
+    *(Case(heads=2, dim=4, dstate=n, gap=x) for x in ("batch", "head", "dim") for n in (16, 20)),
     *(Case(batch=18, heads=3, dim=70, groups=3, dstate=n, max_grid_x=2) for n in (4, 5)),
 ]
 SANITIZED = CASES
@@ -89,19 +94,33 @@ def check(host, case: Case, device: str) -> None:
         dtype, layout = (other, layout) if other in harness.DTYPES else (dtype, other or layout)
         return Tensor(shape, dtype, layout, rng.standard_normal(shape) * scale + offset)
 
-    state = make("state", (pool, *channels, case.dstate), case.state_dtype or case.dtype)
-    inputs = {name: make(name, (case.batch, *channels)) for name in ("x", "dt")}
+    shape = (pool, *channels, case.dstate)
+    state = make("state", shape, case.state_dtype or case.dtype)
+    if case.gap:
+        axis = ("batch", "head", "dim").index(case.gap) + 1
+        wide = Tensor((*shape[:axis], int(np.prod(shape[axis:])) + 1), state.dtype)
+        inner = np.cumprod((1, *shape[:axis:-1]))[::-1] * wide.array.itemsize
+        wide.array = np.lib.stride_tricks.as_strided(wide.array, shape, (*wide.array.strides[:axis], *inner))
+        wide.array[...] = state.array
+        wide.before, state = wide.buffer.copy(), wide
+    inputs = {name: make(name, (case.batch, *channels), offset=6.0 if name == "dt" and case.infinite else 0.0) for name in ("x", "dt")}
     inputs["A"] = make("A", (*channels, case.dstate), weight_dtype, 0.2, -1.0)
     inputs |= {name: make(name, projected) for name in ("B", "C")}
     for name in ("D", "z", "dt_bias"):
         shape, dtype = ((case.batch, *channels), case.dtype) if name == "z" else (channels, weight_dtype)
         inputs[name] = make(name, shape, dtype) if case.options else None
     out = Tensor((case.batch, *channels), case.dtype, case.layout)
-    rows = np.arange(case.batch)
-    if case.indices:
-        rows = rng.permutation(pool)[: case.batch].astype(case.indices)
-        rows[-1:] = -1
+    rows, indices = np.arange(case.batch), None
+    if case.indices:  # a strided view; a row beyond the pool is clamped to its last one
+        rows = rng.permutation(pool - 1)[: case.batch]
+        rows[0], rows[-1] = pool - 1, -1
+        indices = np.full(2 * case.batch, -9, case.indices)[::2]
+        indices[:] = rows
+        indices[0] = 10**6
 
+    if case.infinite:
+        inputs["A"].array[..., ::3] = harness.rounded(np.array(-np.inf), weight_dtype)
+        inputs["A"].before = inputs["A"].buffer.copy()
     arrays = {name: None if t is None else t.array for name, t in inputs.items()}
     values = {name: None if t is None else t.values() for name, t in inputs.items()}
     if case.tied:
@@ -111,7 +130,7 @@ def check(host, case: Case, device: str) -> None:
         values = {n: v if v is None else v[None] if n in ("A", "D", "dt_bias") else v[:, None] for n, v in values.items()}
     wide = state.values() if case.heads else state.values()[:, None]
     expected_out, expected_state = expected_update(wide, **values, rows=rows)
-    host.selective_state_update(device, state.array, *arrays.values(), case.options, rows if case.indices else None, out.array)
+    host.selective_state_update(device, state.array, *arrays.values(), case.options, indices, out.array)
     check_close(out, expected_out.reshape(out.array.shape), harness.OUTPUT[out.dtype], "out")
     check_close(state, expected_state.reshape(state.array.shape), harness.OUTPUT[state.dtype], "state")
     for name, tensor in inputs.items():
