@@ -266,6 +266,7 @@ def bench(session: Session, out: Path, peers: Path | None) -> int:
         session.step("questions", [PYTHON, "-m", "benchmarks.gpu_questions", "--file", str(out / "questions.json")], threads)
     left = int(session.deadline - time.monotonic())
     quick = ["--quick", "--only", "rms_norm"] if session.rehearse else []
+    (out / "results.jsonl").unlink(missing_ok=True)
     command = [PYTHON, "-m", "benchmarks", "--device", device, "--file", str(out / "results.jsonl"), "--within", str(left), *quick]
     session.step("bench", command, threads)
     return session.end()
