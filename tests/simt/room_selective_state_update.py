@@ -130,12 +130,22 @@ def check(host, case: Case, device: str) -> None:
         values = {n: v if v is None else v[None] if n in ("A", "D", "dt_bias") else v[:, None] for n, v in values.items()}
     wide = state.values() if case.heads else state.values()[:, None]
     expected_out, expected_state = expected_update(wide, **values, rows=rows)
+    alone = [
+        state.array[rows[:1]].copy(),
+        *(t if t is None else np.ascontiguousarray(t if n in ("A", "D", "dt_bias") else t[:1]) for n, t in arrays.items()),
+    ]
     host.selective_state_update(device, state.array, *arrays.values(), case.options, indices, out.array)
     check_close(out, expected_out.reshape(out.array.shape), harness.OUTPUT[out.dtype], "out")
     check_close(state, expected_state.reshape(state.array.shape), harness.OUTPUT[state.dtype], "state")
     for name, tensor in inputs.items():
         if tensor:
             tensor.check_unchanged(name)
+    if device == "cuda" and case.batch:  # the first row alone, contiguous, perhaps by another of the three kernels: the same bits
+        out_alone = np.empty_like(out.array[:1], order="C")
+        host.selective_state_update(device, *alone, case.options, None, out_alone)
+        assert np.array_equal(out_alone, out.array[:1]) and np.array_equal(alone[0], state.array[rows[:1]]), (
+            "bits depend on batch or layout"
+        )
 
 
 def check_large_strides(host, device: str) -> None:
