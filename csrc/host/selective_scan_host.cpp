@@ -1,6 +1,8 @@
 // selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
-// The caller owns out and last_state, which is contiguous. `multiprocessors`: of the GPU that is emulated.
+// The caller owns out, last_state, which is contiguous, and `line`, the zeroed workspace of `line_workers`. `multiprocessors`: of
+// the GPU that is emulated.
 #include "host/host.h"
+#include "selective_scan/scan_line.h"
 #include "selective_scan/selective_scan.h"
 
 namespace cobra::host {
@@ -8,7 +10,7 @@ namespace {
 
 void forward(const std::string& device, const py::array& u, const py::array& delta, const py::array& A, const py::array& B, const py::array& C, const OptionalArray& D,
              const OptionalArray& z, const OptionalArray& delta_bias, bool delta_softplus, const OptionalArray& initial_state,
-             const OptionalArray& cu_seqlens, const py::array& out, const py::array& last_state, int multiprocessors) {
+             const OptionalArray& cu_seqlens, const py::array& out, const py::array& last_state, int multiprocessors, int64_t line_workers, const OptionalArray& line) {
   SelectiveScanFwdParams p{};
   p.batch = u.shape(0);
   p.dim = u.shape(1);
@@ -16,6 +18,11 @@ void forward(const std::string& device, const py::array& u, const py::array& del
   p.dstate = A.shape(1);
   p.delta_softplus = delta_softplus;
   p.multiprocessors = multiprocessors;
+  p.line_workers = line_workers;
+  if (line_workers) {
+    if (!line || line->size() < selective_scan_line_words(line_workers)) throw std::invalid_argument("line has another size");
+    p.line = static_cast<unsigned*>(pointer(*line));
+  }
   const auto set = [](const py::array& t, const char* name, const void*& data, DType& dtype) {
     data = pointer(t);
     dtype = dtype_of(t, name);
@@ -67,7 +74,33 @@ void forward(const std::string& device, const py::array& u, const py::array& del
   run(device, p, &selective_scan_fwd_cpu, &selective_scan_fwd_cuda);
 }
 
-const Room room([](py::module_& m) { m.def("selective_scan", &forward); });
+// (chain, begin, end, receives, sends) of each item of a worker, in its order.
+std::vector<std::tuple<int64_t, int64_t, int64_t, bool, bool>> line_items(int64_t chains, int64_t steps, int64_t workers, int64_t worker) {
+  std::vector<std::tuple<int64_t, int64_t, int64_t, bool, bool>> items;
+  LineItem item;
+  for (int64_t i = 0; Line{chains, steps, workers}.item(worker, i, item); ++i)
+    items.emplace_back(item.chain, item.begin, item.end, item.receives, item.sends);
+  return items;
+}
+
+// Of a plain fp32 call on a GPU.
+int64_t line_workers(int64_t batch, int64_t dim, int64_t seqlen, int multiprocessors) {
+  SelectiveScanFwdParams p{};
+  p.batch = batch;
+  p.dim = dim;
+  p.seqlen = seqlen;
+  p.dstate = 16;
+  p.B_stride.groups = p.C_stride.groups = 1;
+  p.multiprocessors = multiprocessors;
+  return selective_scan_line_workers(p);
+}
+
+const Room room([](py::module_& m) {
+  m.def("selective_scan", &forward);
+  m.def("selective_scan_line_items", &line_items);
+  m.def("selective_scan_line_workers", &line_workers);
+  m.def("selective_scan_line_words", &selective_scan_line_words);
+});
 
 }  // namespace
 }  // namespace cobra::host

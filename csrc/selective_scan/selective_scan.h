@@ -21,6 +21,7 @@ struct SelectiveScanFwdParams {
   int64_t num_seqs;  // packed sequences of the one batch row; 0 when not packed
   bool delta_softplus, B_constant, C_constant;
   int32_t multiprocessors;  // of the GPU, to choose a schedule; results do not depend on it
+  int64_t line_workers;     // share the chains of channels in equal parts (scan_line.h); 0: each chain has a worker
 
   SequenceStride u_stride, delta_stride, z_stride, out_stride;
   ScanStateStride A_stride, initial_state_stride;
@@ -41,6 +42,7 @@ struct SelectiveScanFwdParams {
   const void* cu_seqlens;     // (num_seqs + 1,) or null; values already checked
   void* out;                  // (batch, dim, seqlen)
   void* last_state;           // (batch | num_seqs, dim, dstate) contiguous, compute dtype
+  unsigned* line;             // selective_scan_line_words(line_workers) words, zeroed once, or null without line_workers
 };
 
 void selective_scan_fwd_cpu(const SelectiveScanFwdParams&, const Parallel&);
@@ -50,5 +52,13 @@ int selective_scan_fwd_cuda(const SelectiveScanFwdParams&, void* stream);
 
 // Multiprocessors of the current GPU; 0 when it cannot be asked.
 int32_t gpu_multiprocessors();
+
+// How many workers should share the work of a call whose `multiprocessors` is set; 0 for none. Two launches that may run at the
+// same time need workspaces of their own; launches of one stream may share one, every launch leaves it zeroed.
+int64_t selective_scan_line_workers(const SelectiveScanFwdParams&);
+int64_t selective_scan_line_words(int64_t workers);
+
+// Is a CUDA graph being captured from the stream?
+bool gpu_stream_is_captured(void* stream);
 
 }  // namespace cobra

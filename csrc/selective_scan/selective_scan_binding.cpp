@@ -1,4 +1,6 @@
 // selective_scan_fwd of torch.ops.cobra_kernels, for CPU and CUDA tensors.
+#include <map>
+#include <mutex>
 #include <tuple>
 
 #include "common/tensor_args.h"
@@ -128,6 +130,19 @@ STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) { m.impl("selective_scan_fwd", 
 #if defined(COBRA_WITH_CUDA)
 CallCounter fwd_cuda_calls("selective_scan", "cuda");
 
+// The line's workspace: zeroed once per stream and left zeroed by every launch, so that no call pays for it. A captured launch gets one
+// of its own, zeroed inside the graph: the graph may run next to the stream that it was captured from.
+Tensor line_workspace(const Tensor& u, void* stream, int64_t words) {
+  const auto zeros = [&] { return torch::stable::new_zeros(u, {words}, ScalarType::Int); };
+  if (gpu_stream_is_captured(stream)) return zeros();
+  static std::mutex mutex;
+  static auto& workspaces = *new std::map<std::pair<int32_t, void*>, Tensor>;  // never destroyed: the driver may be gone by then
+  const std::lock_guard lock(mutex);
+  const auto [entry, fresh] = workspaces.try_emplace({u.get_device_index(), stream});
+  if (fresh || entry->second.size(0) < words) entry->second = zeros();
+  return entry->second;
+}
+
 Result fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D,
                 const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
                 const OptionalTensor& cu_seqlens) {
@@ -135,7 +150,13 @@ Result fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Ten
   STD_TORCH_CHECK(u.scalar_type() != ScalarType::Double, kOp, ": u is float64, which the CUDA kernel does not serve");
   Forward call(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   call.p.multiprocessors = gpu_multiprocessors();
-  check_launch(selective_scan_fwd_cuda(call.p, current_stream(u, kOp)), kOp);
+  void* const stream = current_stream(u, kOp);
+  std::optional<Tensor> line;
+  if ((call.p.line_workers = selective_scan_line_workers(call.p))) {
+    line = line_workspace(u, stream, selective_scan_line_words(call.p.line_workers));
+    call.p.line = static_cast<unsigned*>(line->mutable_data_ptr());
+  }
+  check_launch(selective_scan_fwd_cuda(call.p, stream), kOp);
   fwd_cuda_calls.add();
   return {call.out, call.last_state};
 }

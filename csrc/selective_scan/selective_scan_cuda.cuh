@@ -4,6 +4,7 @@
 #include "common/cuda_dtype.cuh"
 #include "common/cuda_math.cuh"
 #include "common/sync.cuh"
+#include "selective_scan/scan_line.h"
 #include "selective_scan/selective_scan.h"
 
 namespace cobra {
@@ -55,6 +56,41 @@ __device__ __forceinline__ float* last_state_of(const SelectiveScanFwdParams& p,
 // A parameter (dim,) of a channel, `absent` without the tensor.
 __device__ __forceinline__ float channel_value(const void* base, DType dtype, int64_t stride, int64_t channel, float absent) {
   return base ? load_float(base, dtype, channel * stride) : absent;
+}
+
+// --- the line's hand-over (scan_line.h) --------------------------------------------------------------------------------
+//
+// The state travels in last_state, where the first part of a cut chain leaves it and the last part overwrites it. Workspace:
+// ticket, workers that finished, then kLineFlags flags per worker. It starts zeroed and every launch leaves it so. Workers take
+// tickets as they start: the worker that a part waits for has a smaller ticket, so it is running, and its first item waits for
+// nobody. Nothing depends on which blocks are resident.
+//
+// Order: stores of the state by a warp's lanes -> __syncwarp -> release of the flag by lane 0 -> acquire of it by lane 0 of the
+// receiving warp -> __syncwarp -> loads by its lanes. The receiver alone reads a flag and clears it; the next launch of the stream
+// starts after this one's end.
+constexpr int kLineFlags = 4;  // a worker may be a block whose warps hand over one by one
+__device__ __forceinline__ unsigned* line_flag(unsigned* workspace, int64_t worker, int flag) { return workspace + 2 + worker * kLineFlags + flag; }
+
+// By one thread of each worker.
+__device__ __forceinline__ int64_t take_line_ticket(unsigned* workspace) { return atomicAdd(&workspace[0], 1u); }
+// By one thread of each worker that took a ticket, of `tickets`, after its last item: the last one clears the counters.
+__device__ __forceinline__ void leave_line(unsigned* workspace, int64_t tickets) {
+  if (atomicAdd(&workspace[1], 1u) + 1 != unsigned(tickets)) return;
+  atomicExch(&workspace[0], 0u);
+  atomicExch(&workspace[1], 0u);
+}
+
+// By whole warps.
+__device__ __forceinline__ void send_state(unsigned* flag, int lane) {
+  __syncwarp();
+  if (lane == 0) store_release(flag, 1u);
+}
+__device__ __forceinline__ void receive_state(unsigned* flag, int lane) {
+  if (lane == 0) {
+    while (load_acquire(flag) == 0) pause_spin();
+    *flag = 0;
+  }
+  __syncwarp();
 }
 
 }  // namespace cobra

@@ -1,8 +1,8 @@
 // selective_scan forward on a GPU in fp32 arithmetic: every dtype, layout and size.
 //
-// A warp owns 32 / kLanes channels of one sequence and walks it in tiles of 8 steps; warps never meet. The 16 states of a
+// A warp owns 32 / kLanes channels of one sequence and walks it in tiles; warps never meet. The 16 states of a
 // channel are in the registers of kLanes lanes: one where there are channels enough to fill the GPU, four where there are not.
-// Of a tile's 8 steps a lane owns 8 / kLanes: it reads delta, u and z of those, finishes their dt and du, and stores their out.
+// Of a tile's steps a lane owns every kLanes-th part: it reads delta, u and z of those, finishes their dt and du, and stores their out.
 // B and C of the tile lie in the warp's shared memory as fp32. What the next tile needs is on its way while this one is computed.
 // More than 16 states are computed 16 at a time for each tile, and wait in last_state.
 #include "common/rows.h"
@@ -11,13 +11,16 @@
 namespace cobra {
 namespace {
 
-constexpr int kTile = 8, kChunk = 16, kWarpsPerBlock = 4, kWarpSize = 32;
+constexpr int kChunk = 16, kWarpsPerBlock = 4, kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kProjectionTile = kTile * kChunk;  // floats of B, or of C
 constexpr int kConstantPitch = kChunk + 4;       // floats per channel: eight lanes' float4 fall into different banks
 
+// Steps of a tile. More of them spread the cost of a tile over a lane's few states.
+COBRA_HOST_DEVICE constexpr int tile_steps(int lanes) { return lanes == 1 ? 8 : 16; }
+
+// Of a warp: two tiles, each B and C.
 COBRA_HOST_DEVICE int shared_floats(int lanes, bool constant) {
-  return 4 * kProjectionTile + (constant ? 2 * kConstantPitch * kWarpSize / lanes : 0);  // of a warp: two tiles, each B and C
+  return 4 * tile_steps(lanes) * kChunk + (constant ? 2 * kConstantPitch * kWarpSize / lanes : 0);
 }
 
 // A tensor (batch, dim, seqlen), and B or C, with strides in bytes.
@@ -40,6 +43,7 @@ struct Launch {
   ProjectionLayout B, C;
   int64_t run;  // neighbouring channels that share a group of B and of C
   int64_t warps_per_run, warps_per_row, warps;
+  Line line;    // of `warps` chains of tiles; no workers: each warp's chains are its own
 };
 
 // --- elements as they lie in memory ------------------------------------------------------------------------------------
@@ -55,11 +59,10 @@ __device__ __forceinline__ void load_packed(uint32_t (&raw)[kCount], const char*
         const uint4 w = reinterpret_cast<const uint4*>(at)[i / 4];
         raw[i] = w.x, raw[i + 1] = w.y, raw[i + 2] = w.z, raw[i + 3] = w.w;
       }
-    } else if constexpr (n == 2) {
+    } else {
+      static_assert(n == 2);
       const uint2 w = *reinterpret_cast<const uint2*>(at);
       raw[0] = w.x, raw[1] = w.y;
-    } else {
-      raw[0] = *reinterpret_cast<const uint32_t*>(at);
     }
   };
   if (wide)
@@ -119,7 +122,7 @@ __device__ __forceinline__ void to_floats(float (&v)[kCount], const uint32_t (&r
 // --- u, delta, z, out --------------------------------------------------------------------------------------------------
 
 // A lane's kOwn steps of the tile that its pointers stand at; `exist` of them are inside the sequence.
-template <int kOwn>
+template <int kTile, int kOwn>
 struct Own {
   int exist;
   bool whole;  // the tile is inside the sequence
@@ -127,30 +130,27 @@ struct Own {
   __device__ __forceinline__ Own(int64_t left, int part) : exist(left >= kTile ? kOwn : int(left) - part * kOwn), whole(left >= kTile) {}
 
   // `packed`: steps lie side by side, tiles are aligned, for every lane of the warp.
-  __device__ __forceinline__ void load(uint32_t (&raw)[kOwn], const char* at, const StepsLayout& s, bool packed) const {
-    const bool wide = s.dtype == DType::kFloat32;
+  __device__ __forceinline__ void load(uint32_t (&raw)[kOwn], const char* at, int64_t step, DType dtype, bool packed) const {
+    const bool wide = dtype == DType::kFloat32;
     if (whole && packed) return load_packed(raw, at, wide);
     const int count = exist < 1 ? 1 : exist;  // of none, the sequence's last step
-    load_scattered(raw, at + (exist - count) * s.step, s.step, wide, count);
+    load_scattered(raw, at + (exist - count) * step, step, wide, count);
   }
-  __device__ __forceinline__ void convert(float (&v)[kOwn], const uint32_t (&raw)[kOwn], const StepsLayout& s, bool packed) const {
-    to_floats(v, raw, s.dtype, whole && packed);
+  __device__ __forceinline__ void convert(float (&v)[kOwn], const uint32_t (&raw)[kOwn], DType dtype, bool packed) const {
+    to_floats(v, raw, dtype, whole && packed);
   }
-  __device__ __forceinline__ void store(const float (&v)[kOwn], char* at, const StepsLayout& s, bool packed) const {
-    with_float_type(s.dtype, [&](auto t) {
+  __device__ __forceinline__ void store(const float (&v)[kOwn], char* at, int64_t step, DType dtype, bool packed) const {
+    with_float_type(dtype, [&](auto t) {
       using T = decltype(t);
       if (whole && packed) {
         Pack<T, kOwn> pack;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) pack.v[j] = round_to<T>(v[j]);
-        if constexpr (sizeof(pack) == 4)
-          *reinterpret_cast<Pack<T, kOwn>*>(at) = pack;
-        else
-          store_pack<T, kOwn>(reinterpret_cast<T*>(at), pack);
+        store_pack<T, kOwn>(reinterpret_cast<T*>(at), pack);
       } else {
         char* to = at;
 #pragma unroll
-        for (int j = 0; j < kOwn; ++j, to += s.step)
+        for (int j = 0; j < kOwn; ++j, to += step)
           if (j < exist) *reinterpret_cast<T*>(to) = round_to<T>(v[j]);
       }
     });
@@ -167,43 +167,52 @@ __device__ __forceinline__ bool steps_packed(const StepsLayout& s, const char* s
 
 // --- B and C -----------------------------------------------------------------------------------------------------------
 
-// B or C of the warp's group at the first step of a tile. Variable: 16 states of 8 steps go to shared memory as floats
-// [step][state], four elements per lane, neighbours in memory if it can be. Constant: each lane keeps its channel's states.
+// B or C of the warp's group at the first step of a tile. Variable: 16 states of a tile go to shared memory as floats
+// [step][state], kEach elements per lane, neighbours in memory if it can be. Constant: each lane keeps its channel's states.
+enum class Form { kScattered, kStatesPacked, kStepsPacked };
+template <int kTile>
 struct Projection {
+  static constexpr int kEach = kTile * kChunk / kWarpSize, kParts = kChunk / kEach;  // lanes that share a step's states
   const char* at;
-  enum Form { kScattered, kStatesPacked, kStepsPacked } form;
 
-  __device__ __forceinline__ Projection(const ProjectionLayout& s, const Sequence& sequence, int64_t channel) {
-    at = s.base + sequence.batch * s.batch + channel / s.group_channels * s.group + sequence.begin * s.step;
-    const int64_t size = s.dtype == DType::kFloat32 ? 4 : 2;
-    const auto aligned = [&](int64_t stride) { return (reinterpret_cast<uintptr_t>(at) | uint64_t(stride)) % (4 * size) == 0; };
-    form = s.state == size && aligned(s.step) ? kStatesPacked : s.step == size && aligned(s.state) ? kStepsPacked : kScattered;
+  __device__ __forceinline__ Projection(const ProjectionLayout& s, const Sequence& sequence, int64_t channel)
+      : at(s.base + sequence.batch * s.batch + channel / s.group_channels * s.group + sequence.begin * s.step) {}
+
+  __device__ __forceinline__ Form form(const ProjectionLayout& s) const {
+    const int64_t size = s.dtype == DType::kFloat32 ? 4 : 2, bytes = size * kEach < 16 ? size * kEach : 16;
+    const auto aligned = [&](int64_t stride) { return (reinterpret_cast<uintptr_t>(at) | uint64_t(stride)) % bytes == 0; };
+    return s.state == size && aligned(s.step) ? Form::kStatesPacked : s.step == size && aligned(s.state) ? Form::kStepsPacked : Form::kScattered;
   }
 
   // `left` steps of the sequence, `states` of the tensor from the tile's first on: what is not there is not read.
-  __device__ __forceinline__ void load(uint32_t (&raw)[4], const char* from, const ProjectionLayout& s, int64_t left, int64_t states, int lane) const {
-    const bool wide = s.dtype == DType::kFloat32, whole = left >= kTile && states >= kChunk;
-    if (whole && form == kStepsPacked) return load_packed(raw, from + lane % 2 * 4 * s.step + lane / 2 * s.state, wide);
-    if (whole && form == kStatesPacked) return load_packed(raw, from + lane / 4 * s.step + lane % 4 * 4 * s.state, wide);
-    const int t = lane / 4 < left ? lane / 4 : int(left) - 1, n = lane % 4 * 4 < states ? lane % 4 * 4 : int(states) - 1;
-    load_scattered(raw, from + t * s.step + n * s.state, s.state, wide, states - n < 4 ? int(states - n) : 4);
+  __device__ __forceinline__ void load(uint32_t (&raw)[kEach], const char* from, const ProjectionLayout& s, DType dtype, Form form, int64_t left,
+                                       int64_t states, int lane) const {
+    const bool wide = dtype == DType::kFloat32, whole = left >= kTile && states >= kChunk;
+    if (whole && form == Form::kStepsPacked) return load_packed(raw, from + lane % 2 * kEach * int64_t(wide ? 4 : 2) + lane / 2 * s.state, wide);
+    int64_t t = lane / kParts, n = lane % kParts * kEach;
+    if (whole && form == Form::kStatesPacked) return load_packed(raw, from + t * s.step + n * (wide ? 4 : 2), wide);
+    t = t < left ? t : left - 1;
+    n = n < states ? n : states - 1;
+    load_scattered(raw, from + t * s.step + n * s.state, s.state, wide, states - n < kEach ? int(states - n) : kEach);
   }
   // What is not there becomes 0.
-  __device__ __forceinline__ void store(const uint32_t (&raw)[4], float* tile, const ProjectionLayout& s, int64_t left, int64_t states, int lane) const {
+  __device__ __forceinline__ void store(const uint32_t (&raw)[kEach], float* tile, DType dtype, Form form, int64_t left, int64_t states,
+                                        int lane) const {
     const bool whole = left >= kTile && states >= kChunk;
-    float v[4];
-    to_floats(v, raw, s.dtype, whole && form != kScattered);
-    if (whole && form == kStepsPacked) {
+    float v[kEach];
+    to_floats(v, raw, dtype, whole && form != Form::kScattered);
+    if (whole && form == Form::kStepsPacked) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) tile[(lane % 2 * 4 + i) * kChunk + lane / 2] = v[i];
+      for (int i = 0; i < kEach; ++i) tile[(lane % 2 * kEach + i) * kChunk + lane / 2] = v[i];
       return;
     }
     if (!whole) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (lane / 4 >= left || lane % 4 * 4 + i >= states) v[i] = 0.f;
+      for (int i = 0; i < kEach; ++i)
+        if (lane / kParts >= left || lane % kParts * kEach + i >= states) v[i] = 0.f;
     }
-    *reinterpret_cast<float4*>(tile + lane * 4) = make_float4(v[0], v[1], v[2], v[3]);
+#pragma unroll
+    for (int i = 0; i < kEach; i += 4) *reinterpret_cast<float4*>(tile + lane * kEach + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
   }
   // A constant's states first .. first + kStates - 1, for this lane alone.
   template <int kStates>
@@ -213,15 +222,32 @@ struct Projection {
   }
 };
 
+// --- what is known when the kernel is compiled ---------------------------------------------------------------------------
+
+// Any call.
+struct AnyCall {
+  static constexpr bool kKnown = false, kStepsPacked = false;
+  static constexpr Form kForm = Form::kScattered;
+  __device__ __forceinline__ static DType dtype(DType given) { return given; }
+};
+// u, delta, z, B, C of one dtype, 16 states, variable B and C. Channel-first: steps side by side in all of them; otherwise the states
+// of B and C are side by side and the channels of u, delta and z should be.
+template <DType type, bool channel_first>
+struct KnownCall {
+  static constexpr bool kKnown = true, kStepsPacked = channel_first;
+  static constexpr Form kForm = channel_first ? Form::kStepsPacked : Form::kStatesPacked;
+  __device__ __forceinline__ static DType dtype(DType) { return type; }
+};
+
 // --- recurrence --------------------------------------------------------------------------------------------------------
 
-// 8 steps of a lane's states: updates h and adds the sum over the chunk's states of C h to y of the lane's own steps. The sum is
+// A tile's steps of a lane's states: updates h and adds the sum over the chunk's states of C h to y of the lane's own steps. The sum is
 // (p0 + p2) + (p1 + p3) with p the sums over four neighbouring states, in whatever lanes they are: same bits.
 template <int kLanes>
-__device__ __forceinline__ void recur(float (&h)[kChunk / kLanes], const float (&rate)[kChunk / kLanes], const float (&dt)[kTile / kLanes],
-                                      const float (&du)[kTile / kLanes], float (&y)[kTile / kLanes], const float* B, int B_step,
+__device__ __forceinline__ void recur(float (&h)[kChunk / kLanes], const float (&rate)[kChunk / kLanes], const float (&dt)[tile_steps(kLanes) / kLanes],
+                                      const float (&du)[tile_steps(kLanes) / kLanes], float (&y)[tile_steps(kLanes) / kLanes], const float* B, int B_step,
                                       const float* C, int C_step, int part) {
-  constexpr int kOwn = kTile / kLanes, kQuads = kChunk / kLanes / 4;
+  constexpr int kTile = tile_steps(kLanes), kOwn = kTile / kLanes, kQuads = kChunk / kLanes / 4;
   float partial[kQuads], sums[kTile];
 #pragma unroll
   for (int t = 0; t < kTile; ++t) {
@@ -249,15 +275,18 @@ __device__ __forceinline__ void recur(float (&h)[kChunk / kLanes], const float (
       sums[t] = partial[0];
   }
   if constexpr (kLanes > 1) {
-    // Each of the four lanes ends with the sums of its own two steps.
-    float half[4];
+    // Each of the four lanes ends with the sums of its own steps.
+    float half[2 * kOwn];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float low = sums[i], high = sums[i + 4];
+    for (int i = 0; i < 2 * kOwn; ++i) {
+      const float low = sums[i], high = sums[i + 2 * kOwn];
       half[i] = (part & 2 ? high : low) + __shfl_xor_sync(kAllLanes, part & 2 ? low : high, 2);
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j) y[j] += (part & 1 ? half[j + 2] : half[j]) + __shfl_xor_sync(kAllLanes, part & 1 ? half[j] : half[j + 2], 1);
+    for (int j = 0; j < kOwn; ++j) {
+      const float low = half[j], high = half[j + kOwn];
+      y[j] += (part & 1 ? high : low) + __shfl_xor_sync(kAllLanes, part & 1 ? low : high, 1);
+    }
   }
 }
 
@@ -268,6 +297,7 @@ template <int kLanes>
 struct LaneStates {
   static constexpr int kStates = kChunk / kLanes;
   int64_t row, channel, first;  // first state of chunk 0
+  float* last;                  // that state in last_state
   bool active;
 
   // `begin`: from the initial state; otherwise from last_state.
@@ -277,80 +307,95 @@ struct LaneStates {
       const int64_t n = chunk + first + k;
       const bool exists = n < p.dstate;
       rate[k] = exists ? decay_rate(p, channel, n) : 0.f;
-      h[k] = !exists || !active ? 0.f : begin ? initial_state(p, row, channel, n) : last_state_of(p, row, channel)[n];
+      h[k] = !exists || !active ? 0.f : begin ? initial_state(p, row, channel, n) : last[chunk + k];
     }
   }
   __device__ __forceinline__ void store(const SelectiveScanFwdParams& p, const float (&h)[kStates], int64_t chunk) const {
 #pragma unroll
     for (int k = 0; k < kStates; ++k) {
       const int64_t n = chunk + first + k;
-      if (active && n < p.dstate) last_state_of(p, row, channel)[n] = h[k];
+      if (active && n < p.dstate) last[chunk + k] = h[k];
     }
   }
 };
 
-template <int kLanes, bool kPlain>
-__device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, int64_t warp, int lane) {
-  constexpr int kOwn = kTile / kLanes, kStates = kChunk / kLanes, kChannels = kWarpSize / kLanes;
+template <int kLanes, class Call>
+__device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, const LineItem& item, int64_t worker, int lane) {
+  constexpr int kTile = tile_steps(kLanes), kOwn = kTile / kLanes, kStates = kChunk / kLanes, kChannels = kWarpSize / kLanes;
+  constexpr int kProjectionTile = kTile * kChunk;  // floats of B, or of C
   const SelectiveScanFwdParams& p = launch.p;
   const int part = lane % kLanes;
-  const int64_t row = warp / launch.warps_per_row, within = warp % launch.warps_per_row, run = within / launch.warps_per_run;
+  const int64_t row = item.chain / launch.warps_per_row, within = item.chain % launch.warps_per_row, run = within / launch.warps_per_run;
   const int64_t first_channel = run * launch.run + within % launch.warps_per_run * kChannels, channels_end = (run + 1) * launch.run;
   const bool active = first_channel + lane / kLanes < channels_end;
   const int64_t channel = active ? first_channel + lane / kLanes : channels_end - 1;  // the rest repeat the last one and store nothing
-  const Sequence sequence = sequence_of(p, row);
+  Sequence sequence = sequence_of(p, row);
+  sequence.begin += item.begin * kTile;
+  sequence.length -= item.begin * kTile;
   int64_t left = sequence.length;
+  const int64_t stop = item.sends ? left - (item.end - item.begin) * kTile : 0;  // steps left at the end of this item
 
   char* out_at = first_step(launch.out, sequence, channel, part * kOwn);
-  const bool out_packed = steps_packed(launch.out, out_at - part * kOwn * launch.out.step);
+  const auto packed = [&](const StepsLayout& s, const char* at) {
+    if constexpr (Call::kKnown)
+      return Call::kStepsPacked;
+    else
+      return steps_packed(s, at - part * kOwn * s.step);
+  };
+  const bool out_packed = packed(launch.out, out_at);
   if (p.cu_seqlens && row == p.num_seqs) {  // padding
     const float zeros[kOwn] = {};
-    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step) Own<kOwn>(left, part).store(zeros, out_at, launch.out, out_packed);
+    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step) Own<kTile, kOwn>(left, part).store(zeros, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_packed);
     return;
   }
-  const LaneStates<kLanes> states{row, channel, part * kStates, active};
-  const bool chunked = !kPlain && p.dstate > kChunk, B_constant = !kPlain && launch.B.constant, C_constant = !kPlain && launch.C.constant;
-  const int64_t dstate = kPlain ? kChunk : p.dstate;
+  const LaneStates<kLanes> states{row, channel, part * kStates, last_state_of(p, row, channel) + part * kStates, active};
+  const bool chunked = !Call::kKnown && p.dstate > kChunk, B_constant = !Call::kKnown && launch.B.constant, C_constant = !Call::kKnown && launch.C.constant;
+  const int64_t dstate = Call::kKnown ? kChunk : p.dstate;
   float h[kStates], rate[kStates];
-  for (int64_t chunk = 0; chunk < dstate; chunk += kChunk) {
-    states.load(p, h, rate, chunk, true);
-    if (chunked || left == 0) states.store(p, h, chunk);
-  }
-  if (left == 0) return;
+  const auto start = [&] {
+    if (chunked && item.receives) return;  // they wait in last_state
+    for (int64_t chunk = 0; chunk < dstate; chunk += kChunk) {
+      states.load(p, h, rate, chunk, !item.receives);
+      if (chunked || left == 0) states.store(p, h, chunk);
+    }
+  };
+  if (left == 0) return start();
 
   const char *delta_at = first_step(launch.delta, sequence, channel, part * kOwn), *u_at = first_step(launch.u, sequence, channel, part * kOwn),
              *z_at = first_step(launch.z, sequence, channel, part * kOwn);
-  const bool delta_packed = steps_packed(launch.delta, delta_at - part * kOwn * launch.delta.step),
-             u_packed = steps_packed(launch.u, u_at - part * kOwn * launch.u.step), z_packed = steps_packed(launch.z, z_at - part * kOwn * launch.z.step);
-  Projection B(launch.B, sequence, channel), C(launch.C, sequence, channel);
+  const bool delta_packed = packed(launch.delta, delta_at), u_packed = packed(launch.u, u_at), z_packed = packed(launch.z, z_at);
+  Projection<kTile> B(launch.B, sequence, channel), C(launch.C, sequence, channel);
+  const Form form_B = Call::kKnown ? Call::kForm : B.form(launch.B), form_C = Call::kKnown ? Call::kForm : C.form(launch.C);
+  const DType B_dtype = Call::dtype(launch.B.dtype), C_dtype = Call::dtype(launch.C.dtype);
   float* const constant_B = shared + 4 * kProjectionTile + lane / kLanes * kConstantPitch + part * kStates;
   float* const constant_C = constant_B + kConstantPitch * kChannels;
-  if (B_constant) B.keep<kStates>(constant_B, launch.B, part * kStates, dstate);
-  if (C_constant) C.keep<kStates>(constant_C, launch.C, part * kStates, dstate);
+  if (B_constant) B.template keep<kStates>(constant_B, launch.B, part * kStates, dstate);
+  if (C_constant) C.template keep<kStates>(constant_C, launch.C, part * kStates, dstate);
   const float bias = channel_value(p.delta_bias, p.delta_bias_dtype, p.delta_bias_stride, channel, 0.f);
   const float skip = channel_value(p.D, p.D_dtype, p.D_stride, channel, 0.f);
 
-  uint32_t raw_delta[kOwn], raw_u[kOwn], raw_z[kOwn], raw_B[4], raw_C[4];
+  uint32_t raw_delta[kOwn], raw_u[kOwn], raw_z[kOwn], raw_B[Projection<kTile>::kEach], raw_C[Projection<kTile>::kEach];
   {
-    const Own<kOwn> own(left, part);
-    own.load(raw_delta, delta_at, launch.delta, delta_packed);
-    own.load(raw_u, u_at, launch.u, u_packed);
-    if (!B_constant) B.load(raw_B, B.at, launch.B, left, dstate, lane);
-    if (!C_constant) C.load(raw_C, C.at, launch.C, left, dstate, lane);
+    const Own<kTile, kOwn> own(left, part);
+    own.load(raw_delta, delta_at, launch.delta.step, Call::dtype(launch.delta.dtype), delta_packed);
+    own.load(raw_u, u_at, launch.u.step, Call::dtype(launch.u.dtype), u_packed);
+    if (!B_constant) B.load(raw_B, B.at, launch.B, B_dtype, form_B, left, dstate, lane);
+    if (!C_constant) C.load(raw_C, C.at, launch.C, C_dtype, form_C, left, dstate, lane);
   }
+  if (item.receives) receive_state(line_flag(p.line, worker - 1, 0), lane);
+  start();
   int half = 0;  // of the two tiles of B and C
 #pragma unroll 1
-  for (; left > 0; left -= kTile) {
-    const Own<kOwn> own(left, part);
-    const bool last = left <= kTile;
+  for (; left > stop; left -= kTile) {
+    const Own<kTile, kOwn> own(left, part);
+    const bool last = left - kTile <= stop;
     float dt[kOwn], du[kOwn], y[kOwn];
-    own.convert(dt, raw_delta, launch.delta, delta_packed);
-    own.convert(du, raw_u, launch.u, u_packed);
-    if (p.z) own.load(raw_z, z_at, launch.z, z_packed);
+    own.convert(dt, raw_delta, Call::dtype(launch.delta.dtype), delta_packed);
+    own.convert(du, raw_u, Call::dtype(launch.u.dtype), u_packed);
     if (!last) {
-      const Own<kOwn> next(left - kTile, part);
-      next.load(raw_delta, delta_at += kTile * launch.delta.step, launch.delta, delta_packed);
-      next.load(raw_u, u_at += kTile * launch.u.step, launch.u, u_packed);
+      const Own<kTile, kOwn> next(left - kTile, part);
+      next.load(raw_delta, delta_at += kTile * launch.delta.step, launch.delta.step, Call::dtype(launch.delta.dtype), delta_packed);
+      next.load(raw_u, u_at += kTile * launch.u.step, launch.u.step, Call::dtype(launch.u.dtype), u_packed);
     }
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) dt[j] += bias;
@@ -369,28 +414,29 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, i
       du[j] *= dt[j];
     }
 
+    if (p.z) own.load(raw_z, z_at, launch.z.step, Call::dtype(launch.z.dtype), z_packed);
 #pragma unroll 1
     for (int64_t chunk = 0; chunk < dstate; chunk += kChunk) {
       float* const tile_B = shared + half * 2 * kProjectionTile;
       float* const tile_C = tile_B + kProjectionTile;
       half ^= 1;
       // The next tile is this one's next chunk, or the next one's first.
-      const bool same = chunk + kChunk < dstate;
+      const bool same = chunk + kChunk < dstate, more = same || !last;
       const int64_t next_chunk = same ? chunk + kChunk : 0, next_left = same ? left : left - kTile;
       if (!B_constant) {
-        B.store(raw_B, tile_B, launch.B, left, dstate - chunk, lane);
+        B.store(raw_B, tile_B, B_dtype, form_B, left, dstate - chunk, lane);
         if (!same) B.at += kTile * launch.B.step;
-        if (next_left > 0) B.load(raw_B, B.at + next_chunk * launch.B.state, launch.B, next_left, dstate - next_chunk, lane);
+        if (more) B.load(raw_B, B.at + next_chunk * launch.B.state, launch.B, B_dtype, form_B, next_left, dstate - next_chunk, lane);
       }
       if (!C_constant) {
-        C.store(raw_C, tile_C, launch.C, left, dstate - chunk, lane);
+        C.store(raw_C, tile_C, C_dtype, form_C, left, dstate - chunk, lane);
         if (!same) C.at += kTile * launch.C.step;
-        if (next_left > 0) C.load(raw_C, C.at + next_chunk * launch.C.state, launch.C, next_left, dstate - next_chunk, lane);
+        if (more) C.load(raw_C, C.at + next_chunk * launch.C.state, launch.C, C_dtype, form_C, next_left, dstate - next_chunk, lane);
       }
       if (chunked) {
         states.load(p, h, rate, chunk, false);
-        if (B_constant) B.keep<kStates>(constant_B, launch.B, chunk + part * kStates, dstate);
-        if (C_constant) C.keep<kStates>(constant_C, launch.C, chunk + part * kStates, dstate);
+        if (B_constant) B.template keep<kStates>(constant_B, launch.B, chunk + part * kStates, dstate);
+        if (C_constant) C.template keep<kStates>(constant_C, launch.C, chunk + part * kStates, dstate);
       }
       __syncwarp();
       recur<kLanes>(h, rate, dt, du, y, B_constant ? constant_B : tile_B + part * kStates, B_constant ? 0 : kChunk,
@@ -399,26 +445,37 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, i
     }
     if (p.z) {
       float gate[kOwn];
-      own.convert(gate, raw_z, launch.z, z_packed);
+      own.convert(gate, raw_z, Call::dtype(launch.z.dtype), z_packed);
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) y[j] *= silu(gate[j]);
       z_at += kTile * launch.z.step;
     }
-    if (active) own.store(y, out_at, launch.out, out_packed);
+    if (active) own.store(y, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_packed);
     out_at += kTile * launch.out.step;
   }
   if (!chunked) states.store(p, h, 0);
+  if (item.sends) send_state(line_flag(p.line, worker, 0), lane);
 }
 
-template <int kLanes, bool kPlain>
-__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, kLanes == 1 ? (kPlain ? 3 : 2) : 4) selective_scan_fwd_kernel(const __grid_constant__ Launch launch) {
+template <int kLanes, class Call>
+__global__ void __launch_bounds__(kWarpsPerBlock* kWarpSize, Call::kKnown ? 3 : 2) selective_scan_fwd_kernel(const __grid_constant__ Launch launch) {
   COBRA_DYNAMIC_SHARED(float, shared);
   const int lane = int(threadIdx.x) % kWarpSize, in_block = int(threadIdx.x) / kWarpSize;
-  float* const mine = shared + in_block * shared_floats(kLanes, !kPlain);
-  for (int64_t warp = int64_t(blockIdx.x) * kWarpsPerBlock + in_block; warp < launch.warps; warp += int64_t(gridDim.x) * kWarpsPerBlock) {
-    scan_warp<kLanes, kPlain>(launch, mine, warp, lane);
+  float* const mine = shared + in_block * shared_floats(kLanes, !Call::kKnown);
+  const int64_t warp = (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kWarpsPerBlock + in_block;
+  const Line& line = launch.line;
+  if (kLanes == 1 || !line.workers) {
+    if (warp < launch.warps) scan_warp<kLanes, Call>(launch, mine, {warp, 0, 0, false, false}, 0, lane);
+    return;
+  }
+  int64_t worker = lane == 0 ? take_line_ticket(launch.p.line) : 0;
+  worker = __shfl_sync(kAllLanes, worker, 0);
+  LineItem item;
+  for (int64_t i = 0; worker < line.workers && line.item(worker, i, item); ++i) {
+    scan_warp<kLanes, Call>(launch, mine, item, worker, lane);
     __syncwarp();  // before the tiles are written again
   }
+  if (lane == 0) leave_line(launch.p.line, int64_t(gridDim.x) * gridDim.y * kWarpsPerBlock);
 }
 
 int64_t greatest_common_divisor(int64_t a, int64_t b) { return b ? greatest_common_divisor(b, a % b) : a; }
@@ -436,21 +493,64 @@ ProjectionLayout layout(const void* base, DType dtype, const ProjectionStride& s
 Launch plan(const SelectiveScanFwdParams& p, int lanes) {
   Launch launch{p, layout(p.delta, p.delta_dtype, p.delta_stride), layout(p.u, p.u_dtype, p.u_stride), layout(p.z, p.z_dtype, p.z_stride),
                 layout(p.out, p.u_dtype, p.out_stride), layout(p.B, p.B_dtype, p.B_stride, p.B_constant, p.dim),
-                layout(p.C, p.C_dtype, p.C_stride, p.C_constant, p.dim), 0, 0, 0, 0};
+                layout(p.C, p.C_dtype, p.C_stride, p.C_constant, p.dim), 0, 0, 0, 0, {}};
   const auto group_size = [&](const ProjectionLayout& s) { return s.constant ? p.dim : s.group_channels; };
   launch.run = greatest_common_divisor(group_size(launch.B), group_size(launch.C));
   const int64_t channels = kWarpSize / lanes;
   launch.warps_per_run = (launch.run + channels - 1) / channels;
   launch.warps_per_row = launch.warps_per_run * (p.dim / launch.run);
   launch.warps = launch.warps_per_row * sequence_count(p);
+  if (lanes > 1 && !p.cu_seqlens && p.seqlen > 0)  // packed sequences have their lengths on the GPU
+    launch.line = {launch.warps, (p.seqlen + tile_steps(lanes) - 1) / tile_steps(lanes), p.line_workers < launch.warps ? p.line_workers : launch.warps};
   return launch;
 }
 
-template <int kLanes, bool kPlain>
-int start(const Launch& plan, void* stream) {
-  const int64_t blocks = (plan.warps + kWarpsPerBlock - 1) / kWarpsPerBlock, most = max_grid_x();
-  const size_t bytes = sizeof(float) * kWarpsPerBlock * shared_floats(kLanes, !kPlain);
-  return launch(&selective_scan_fwd_kernel<kLanes, kPlain>, dim3(unsigned(blocks < most ? blocks : most)), dim3(kWarpsPerBlock * kWarpSize), bytes, stream, plan);
+// One lane per channel needs two warps per scheduler to hide its latencies.
+constexpr int kSchedulers = 4;  // of a multiprocessor
+int lanes_per_channel(const SelectiveScanFwdParams& p) { return plan(p, 1).warps >= 2 * kSchedulers * int64_t(p.multiprocessors) ? 1 : 4; }
+
+// Does KnownCall<.., channel_first> describe the call?
+bool is_known(const Launch& call, bool channel_first) {
+  const SelectiveScanFwdParams& p = call.p;
+  if (p.dstate != kChunk || p.B_constant || p.C_constant || (channel_first && p.cu_seqlens)) return false;
+  const int64_t size = int64_t(size_of(p.u_dtype));
+  const auto fits = [](const void* base, std::initializer_list<int64_t> strides) {
+    uintptr_t bits = reinterpret_cast<uintptr_t>(base);
+    for (const int64_t stride : strides) bits |= uintptr_t(stride);
+    return bits % 16 == 0;
+  };
+  for (const StepsLayout& s : {call.delta, call.u, call.z, call.out}) {
+    if (!s.base) continue;
+    if (s.dtype != p.u_dtype || (channel_first && !(s.step == size && fits(s.base, {s.batch, s.dim})))) return false;
+  }
+  for (const ProjectionLayout& s : {call.B, call.C})
+    if (s.dtype != p.u_dtype || (channel_first ? s.step : s.state) != size || !fits(s.base, {s.batch, s.group, channel_first ? s.state : s.step}))
+      return false;
+  return true;
+}
+
+template <int kLanes, class Call>
+int start(const Launch& call, void* stream) {
+  const int64_t workers = call.line.workers ? call.line.workers : call.warps;
+  const int64_t blocks = (workers + kWarpsPerBlock - 1) / kWarpsPerBlock, most = max_grid_x();
+  const size_t bytes = sizeof(float) * kWarpsPerBlock * shared_floats(kLanes, !Call::kKnown);
+  const dim3 grid(unsigned(blocks < most ? blocks : most), unsigned((blocks + most - 1) / most));
+  return launch(&selective_scan_fwd_kernel<kLanes, Call>, grid, dim3(kWarpsPerBlock * kWarpSize), bytes, stream, call);
+}
+
+template <int kLanes>
+int start(const Launch& call, void* stream) {
+  const auto known = [&](auto channel_first) {
+    constexpr bool first = decltype(channel_first)::value;
+    switch (call.p.u_dtype) {
+      case DType::kBFloat16: return start<kLanes, KnownCall<DType::kBFloat16, first>>(call, stream);
+      case DType::kFloat16: return start<kLanes, KnownCall<DType::kFloat16, first>>(call, stream);
+      default: return start<kLanes, KnownCall<DType::kFloat32, first>>(call, stream);
+    }
+  };
+  if (is_known(call, true)) return known(std::true_type{});
+  if (is_known(call, false)) return known(std::false_type{});
+  return start<kLanes, AnyCall>(call, stream);
 }
 
 }  // namespace
@@ -465,14 +565,30 @@ int32_t gpu_multiprocessors() {
 #endif
 }
 
+bool gpu_stream_is_captured(void* stream) {
+#if defined(__CUDACC__)
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  return !cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status) && status != cudaStreamCaptureStatusNone;
+#else
+  return stream != nullptr;  // the emulator has none
+#endif
+}
+
+int64_t selective_scan_line_workers(const SelectiveScanFwdParams& p) {
+  // Packed sequences have their lengths on the GPU; a short chain is not worth a hand-over.
+  if (p.dim == 0 || p.cu_seqlens || p.seqlen < 256 || lanes_per_channel(p) == 1) return 0;
+  const int64_t chains = plan(p, 4).warps, schedulers = kSchedulers * int64_t(p.multiprocessors);
+  if (schedulers == 0 || chains <= schedulers) return 0;
+  // Three warps fit a scheduler; more chains than that would come in waves. With fewer, some schedulers run one chain more than the
+  // others: when many do, that costs less than one warp fewer for every scheduler (README.md has the model).
+  const int64_t each = chains / schedulers < 3 ? chains / schedulers : 3, rest = chains - each * schedulers;
+  return rest == 0 || (each < 3 && 3 * rest > each * schedulers) ? 0 : each * schedulers;
+}
+int64_t selective_scan_line_words(int64_t workers) { return 2 + kLineFlags * workers; }
+
 int selective_scan_fwd_cuda(const SelectiveScanFwdParams& p, void* stream) {
   if (p.dim == 0 || sequence_count(p) == 0) return 0;
-  const Launch wide = plan(p, 1);
-  const bool plain = p.dstate == kChunk && !p.B_constant && !p.C_constant;
-  // One lane per channel needs two warps for each of a multiprocessor's four schedulers to hide its latencies.
-  if (wide.warps >= 8 * int64_t(p.multiprocessors)) return plain ? start<1, true>(wide, stream) : start<1, false>(wide, stream);
-  const Launch narrow = plan(p, 4);
-  return plain ? start<4, true>(narrow, stream) : start<4, false>(narrow, stream);
+  return lanes_per_channel(p) == 1 ? start<1>(plan(p, 1), stream) : start<4>(plan(p, 4), stream);
 }
 
 }  // namespace cobra

@@ -9,6 +9,8 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
+# (multiprocessors, workers on the line). With many multiprocessors four lanes share a channel, with few each has its own lane.
+SCHEDULES = ((132, 0), (0, 0), (132, 3), (132, 8))
 BOTH = ("contiguous", "transposed")  # time, or channels, side by side in memory
 
 
@@ -58,7 +60,7 @@ CASES = [
     *(Case(batch=1, seqlen=70, packed=EMPTY_AND_SHORT, index=n, layout=x, initial=i, dtype=d)
       for n, d in (("i4", "fp32"), ("i8", "bf16")) for x in (*BOTH, "strided") for i in (False, True)),
     *(Case(batch=1, seqlen=9, packed=p, layout=x, initial=True) for p in ((0,), (0, 9), (0, 0, 0)) for x in BOTH),
-    *(Case(batch=b, dim=dim, seqlen=9, max_grid_x=2) for b, dim in ((3, 530), (17, 8))),  # warps take a second turn
+    *(Case(batch=b, dim=dim, seqlen=20, max_grid_x=2) for b, dim in ((3, 530), (17, 8))),  # warps take a second turn
     Case(batch=0, initial=True),
     *(Case(options=False, layout=x) for x in BOTH),
     *(Case(dstate=n, forget=True) for n in (16, 20)),
@@ -117,13 +119,15 @@ def check(host, case: Case, device: str) -> None:
     last = Tensor(states, compute)
     cu_seqlens = None if case.packed is None else np.array(case.packed, case.index)
 
-    # On a GPU with many multiprocessors four lanes share a channel, on one with few each has its own: same bits.
     runs = []
-    for multiprocessors in (132, 0) if device == "cuda" else (0,):
+    for multiprocessors, workers in SCHEDULES if device == "cuda" else ((0, 0),):
+        line = np.zeros(host.selective_scan_line_words(workers), np.uint32)
+        out.buffer[:], last.buffer[:] = out.before, last.before
         host.selective_scan(device, *(None if t is None else t.array for t in inputs.values()), case.options, initial.array if initial else None,
-                            cu_seqlens, out.array, last.array, multiprocessors)  # fmt: skip
+                            cu_seqlens, out.array, last.array, multiprocessors, workers, line)  # fmt: skip
         runs.append((out.buffer.tobytes(), last.buffer.tobytes()))
-    assert runs[0] == runs[-1], "the bits depend on the number of multiprocessors"
+        assert runs[0] == runs[-1], f"other bits with {multiprocessors} multiprocessors and {workers} workers on the line"
+        assert not line.any(), f"{workers} workers left their workspace {line.nonzero()[0].tolist()} not zero"
 
     wide = {name: None if t is None else t.values() for name, t in inputs.items()}
     delta = np.logaddexp(0, wide["delta"] + wide["delta_bias"][:, None]) if case.options else wide["delta"]
@@ -158,7 +162,7 @@ def check_large_strides(host, device: str) -> None:
         A, last = -rng.random((dim, dstate)).astype(np.float32), np.empty((batch, dim, dstate), np.float32)
         B = far[:batch, :, :seqlen]
         out[...] = np.nan
-        host.selective_scan(device, x, x, A, B, B, None, x, None, True, None, None, view(out), last, 132)
+        host.selective_scan(device, x, x, A, B, B, None, x, None, True, None, None, view(out), last, 132, 0, None)
         wide = x.astype(np.float64)
         step_sizes, wide_B = np.logaddexp(0, wide), per_channel(B.astype(np.float64), (batch, dim, dstate, seqlen))
         expected = np.stack([expected_scan(wide[b], step_sizes[b], A, wide_B[b], wide_B[b], None, np.zeros((dim, dstate)))[0] for b in range(batch)])
