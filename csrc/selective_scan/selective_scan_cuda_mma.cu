@@ -132,30 +132,30 @@ __device__ __forceinline__ void serve(const SelectiveScanFwdParams& p, Shared& s
     barrier_sync(kServiceBarrier, kRole);
     const RawTile& raw = shared.raw[tile % kRaw];
     ReadyTile& ready = shared.ready[buffer];
-    Pack<float, 4> dt[2], du[2];
+    float dt[2][4], du[2][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t delta = load_pair(&raw.delta[t + i][c]), u = load_pair(&raw.u[t + i][c]);
-      dt[0].v[i] = low_half(delta) + bias[0];
-      dt[1].v[i] = high_half(delta) + bias[1];
-      du[0].v[i] = low_half(u);
-      du[1].v[i] = high_half(u);
+      dt[0][i] = low_half(delta) + bias[0];
+      dt[1][i] = high_half(delta) + bias[1];
+      du[0][i] = low_half(u);
+      du[1][i] = high_half(u);
     }
     if (p.delta_softplus) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) dt[i / 4].v[i % 4] = softplus(dt[i / 4].v[i % 4]);
+      for (int i = 0; i < 8; ++i) dt[i / 4][i % 4] = softplus(dt[i / 4][i % 4]);
     }
 #pragma unroll
-    for (int i = 0; i < 8; ++i) du[i / 4].v[i % 4] *= dt[i / 4].v[i % 4];
+    for (int i = 0; i < 8; ++i) du[i / 4][i % 4] *= dt[i / 4][i % 4];
     if (tile == work.tiles - 1) {  // past the end: h = 1 h + 0
 #pragma unroll
       for (int i = 0; i < 4; ++i)
-        if (t + i >= work.last_rows) dt[0].v[i] = dt[1].v[i] = du[0].v[i] = du[1].v[i] = 0.f;
+        if (t + i >= work.last_rows) dt[0][i] = dt[1][i] = du[0][i] = du[1][i] = 0.f;
     }
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      store_pack(&ready.dt[c + k][t], dt[k]);
-      store_pack(&ready.du[c + k][t], du[k]);
+      *reinterpret_cast<float4*>(&ready.dt[c + k][t]) = make_float4(dt[k][0], dt[k][1], dt[k][2], dt[k][3]);
+      *reinterpret_cast<float4*>(&ready.du[c + k][t]) = make_float4(du[k][0], du[k][1], du[k][2], du[k][3]);
     }
     if (!lay_out_projections(raw, ready, thread)) atomicMax(&ready.irregular, tile);
     barrier_arrive(kReadyBarrier + buffer, kThreads);
