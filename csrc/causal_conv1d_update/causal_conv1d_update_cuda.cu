@@ -56,7 +56,7 @@ __device__ __forceinline__ void store_neighbours(T* p, const Pack<T, kCount>& pa
 }
 
 template <class T, int kColumns>
-__global__ void __launch_bounds__(kThreads, 4) decode_kernel(const __grid_constant__ Launch l) {
+__global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3) decode_kernel(const __grid_constant__ Launch l) {
   constexpr int kChannels = kItems<T, kColumns>, kBatch = kRows<kColumns>, kPast = kMambaTaps - 1;
   const Params& p = l.p;
   for (int64_t unit = blockIdx.x; unit < l.units; unit += gridDim.x) {
