@@ -120,7 +120,7 @@ def signature(span: int, dstate: int, packed: bool, constant: bool):
     warps = config.pop("num_warps")
     kernel = triton_kernel._scan_kernel
     flags = {"PACKED": packed, "B_CONSTANT": constant, "C_CONSTANT": constant} | config
-    unit = ("u_dim", "delta_dim", "z_dim", "out_dim", "B_state", "C_state", "D_dim", "bias_dim", "cu_stride")
+    unit = ("u_dim", "delta_dim", "z_dim", "out_dim", "A_state", "B_state", "C_state", "D_dim", "bias_dim", "initial_states", "cu_stride")
     pointers = {"A": "*fp32", "D": "*fp32", "delta_bias": "*fp32", "initial_state": "*fp32", "last_state": "*fp32", "cu_seqlens": "*i32"}
     arguments = []
     for name in kernel.arg_names:

@@ -59,7 +59,7 @@ CASES = [
     *(Case(indices="i4", infinite=True, options=o, dim=33, dtype=d) for o in (True, False) for d in ("fp32", "bf16")),
     *(Case(layout=x, dtype=d) for x in harness.LAYOUTS[1:5] for d in ("fp32", "bf16")),
     *(Case(layout="padded", dstate=n, dim=9, dtype=d) for n, d in ((7, "fp32"), (12, "bf16"))),
-    *(Case(heads=2, dim=4, dstate=n, gap=x) for x in ("batch", "head", "dim") for n in (16, 20)),
+    *(Case(heads=4, dim=4, dstate=n, gap=x) for x in ("batch", "head", "dim") for n in (16, 20)),
     *(Case(batch=18, heads=3, dim=70, groups=3, dstate=n, max_grid_x=2) for n in (4, 5)),
 ]
 SANITIZED = CASES

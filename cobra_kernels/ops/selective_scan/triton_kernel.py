@@ -37,15 +37,21 @@ def _advance(h, A, dt, dtx, B, C):
     return h, tl.sum(h * C, 0)
 
 
-# Known to be 1, the strides named here would make the compiler spread a channel's states over lanes, in the loop too, where a sum
-# over lanes in every step costs more than these few loads ever can.
-@triton.jit(do_not_specialize=["A_state", "initial_states", "last_states"])
+@triton.jit
+def _load_tile(at, mask, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile (BLOCK_N, BLOCK_D) in fp32, read as one row of its elements: read as a matrix, the compiler would spread the states of
+    a channel, which lie side by side, over lanes, in the loop too, where a sum over lanes in every step costs far more than this load.
+    """
+    return tl.reshape(tl.load(at, mask=mask, other=0.0).to(tl.float32), [BLOCK_N, BLOCK_D])
+
+
+@triton.jit
 def _scan_kernel(
     u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, out, last_state,
     dim, seqlen, dstate, num_seqs, span, channels_per_B, channels_per_C, cu_stride,
     u_batch, u_dim, u_seq, delta_batch, delta_dim, delta_seq, z_batch, z_dim, z_seq, out_batch, out_dim, out_seq,
     A_dim, A_state, B_batch, B_group, B_state, B_seq, C_batch, C_group, C_state, C_seq, D_dim, bias_dim,
-    initial_row, initial_dim, initial_states, last_states,
+    initial_row, initial_dim, initial_states,
     HAS_D: tl.constexpr, HAS_Z: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, HAS_INITIAL: tl.constexpr,
     PACKED: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -54,11 +60,12 @@ def _scan_kernel(
     blocks = tl.cdiv(span, BLOCK_D)  # of a span
     first = pid // blocks % (dim // span) * span
     row = pid // blocks // (dim // span)  # of the states
-    d = first + pid % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    step = tl.arange(0, STEPS)
+    begin_d = first + pid % blocks * BLOCK_D
+    d, n, step = begin_d + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64), tl.arange(0, STEPS)
     channels, states = d < first + span, n < dstate
-    tile = states[:, None] & channels[None, :]
+    element = tl.arange(0, BLOCK_N * BLOCK_D).to(tl.int64)  # of a tile (BLOCK_N, BLOCK_D), row by row
+    tile_n, tile_d = element // BLOCK_D, begin_d + element % BLOCK_D
+    tile = (tile_n < dstate) & (tile_d < first + span)
 
     batch, begin, end = row, row * 0, row * 0 + seqlen
     if PACKED:  # bounds are clamped: wrong ones give wrong numbers, no stray access
@@ -67,20 +74,20 @@ def _scan_kernel(
         end = tl.minimum(tl.maximum(tl.load(cu_seqlens + (row + 1) * cu_stride).to(tl.int64), begin), seqlen)
 
     # Finite, so that a step of 0 beyond the end keeps the state: 0 * inf would not.
-    a = tl.load(A + (n[:, None] * A_state + d[None, :] * A_dim), mask=tile, other=0.0).to(tl.float32) * LOG2E
+    a = _load_tile(A + (tile_n * A_state + tile_d * A_dim), tile, BLOCK_N, BLOCK_D) * LOG2E
     a = tl.where(a == -float("inf"), -3e38, a)
     h = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     if HAS_INITIAL:
-        at = row * initial_row + n[:, None] * initial_states + d[None, :] * initial_dim
-        h = tl.load(initial_state + at, mask=tile, other=0.0).to(tl.float32)
+        at = row * initial_row + tile_n * initial_states + tile_d * initial_dim
+        h = _load_tile(initial_state + at, tile, BLOCK_N, BLOCK_D)
     if B_CONSTANT:
-        B_step = tl.load(B + (n[:, None] * B_state + d[None, :] * B_group), mask=tile, other=0.0).to(tl.float32)
+        B_step = _load_tile(B + (tile_n * B_state + tile_d * B_group), tile, BLOCK_N, BLOCK_D)
     else:
         B += batch * B_batch + first // channels_per_B * B_group
         B_at = B + (n[:, None] * B_state + step[None, :] * B_seq)
         B_next = tl.load(B_at + begin * B_seq, mask=states[:, None] & (step < end - begin)[None, :], other=0.0)
     if C_CONSTANT:
-        C_step = tl.load(C + (n[:, None] * C_state + d[None, :] * C_group), mask=tile, other=0.0).to(tl.float32)
+        C_step = _load_tile(C + (tile_n * C_state + tile_d * C_group), tile, BLOCK_N, BLOCK_D)
     else:
         C += batch * C_batch + first // channels_per_C * C_group
         C_at = C + (n[:, None] * C_state + step[None, :] * C_seq)
@@ -142,7 +149,7 @@ def _scan_kernel(
             y *= gate * tl.sigmoid(gate)
         tl.store(out_at + t * out_seq, y.to(out.dtype.element_ty), mask=inside)
 
-    tl.store(last_state + (n[:, None] * last_states + (row * dim + d)[None, :] * dstate), h, mask=tile)
+    tl.store(last_state + (tile_n + (row * dim + tile_d) * dstate), tl.reshape(h, [BLOCK_N * BLOCK_D]), mask=tile)
     if PACKED:  # the last sequence's program clears what lies behind it
         for t in range(tl.where(row == num_seqs - 1, end, seqlen), seqlen, STEPS):
             nothing = tl.zeros([BLOCK_D, STEPS], tl.float32).to(out.dtype.element_ty)
@@ -184,7 +191,7 @@ def selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, init
             u if initial_state is None else initial_state, u if cu_seqlens is None else cu_seqlens, out, last_state,
             dim, seqlen, dstate, rows, span, channels_per_B, channels_per_C, 0 if cu_seqlens is None else cu_seqlens.stride(0),
             *u.stride(), *delta.stride(), *strides(z), *out.stride(), *A.stride(), *B_strides, *C_strides,
-            0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0), *strides(initial_state), 1,
+            0 if D is None else D.stride(0), 0 if delta_bias is None else delta_bias.stride(0), *strides(initial_state),
             HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=bool(delta_softplus),
             HAS_INITIAL=initial_state is not None, PACKED=cu_seqlens is not None, B_CONSTANT=B.dim() == 2, C_CONSTANT=C.dim() == 2, **config,
         )  # fmt: skip
