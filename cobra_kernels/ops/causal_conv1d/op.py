@@ -7,7 +7,7 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
@@ -168,7 +168,7 @@ def _check_boundaries(bounds: list[int], seqlen: int) -> None:
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
     "cpu": Backend(cpu_reason, gradients="the reference's formula in torch (no fused kernel)"),
-    "triton": Backend(no_kernel, gradients="none"),
+    "triton": Backend(triton_reason, gradients="the reference's formula in torch (no fused kernel)"),
     "cuda": Backend(cuda_reason, gradients="the reference's formula in torch (no fused kernel)"),
 }
 
@@ -201,17 +201,26 @@ def _bwd_fake(dy, dfinal_states, x, weight, bias, seq_idx, initial_states, silu,
     )
 
 
+def _fwd_triton(*arguments):
+    from . import triton_kernel
+
+    count(OP, "triton")
+    return triton_kernel.causal_conv1d_fwd(*arguments)
+
+
 def _bwd(*arguments):
     count("causal_conv1d_bwd", "reference")
     return reference.causal_conv1d_bwd(*arguments)
 
 
-define(f"causal_conv1d_fwd({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+for _suffix in ("", "_triton"):
+    define(f"causal_conv1d_fwd{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+implement("causal_conv1d_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
 define(f"causal_conv1d_bwd({_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _bwd_fake)
 implement("causal_conv1d_bwd", _bwd, "CompositeExplicitAutograd")
 first_order_only("causal_conv1d_bwd")
 
-_FORWARD = {name: OPS.causal_conv1d_fwd.default for name in ("cpu", "cuda")}
+_FORWARD = {name: OPS.causal_conv1d_fwd.default for name in ("cpu", "cuda")} | {"triton": OPS.causal_conv1d_fwd_triton.default}
 
 
 def _differentiable(x, weight, bias, seq_idx, initial_states, return_final_states, silu, cu_seqlens, backend):

@@ -7,9 +7,9 @@ import os
 import torch
 
 from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
-from ...dispatch import Backend, count, cpu_reason, cuda_reason, no_kernel, reference_reason, select
+from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, ShapeError
-from ...library import OPS, define
+from ...library import OPS, define, implement
 from ..causal_conv1d.op import check_activation, check_not_expanded, check_weight
 from . import reference
 
@@ -125,7 +125,7 @@ def _check_rows(rows: list[int], pool: int) -> None:
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="none (forward only)"),
     "cpu": Backend(cpu_reason, gradients="none (forward only)"),
-    "triton": Backend(no_kernel, gradients="none (forward only)"),
+    "triton": Backend(triton_reason, gradients="none (forward only)"),
     "cuda": Backend(cuda_reason, gradients="none (forward only)"),
 }
 
@@ -137,10 +137,21 @@ def _fwd_fake(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indic
     return torch.empty_like(x)
 
 
-define(
-    "causal_conv1d_update_fwd(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, Tensor? cache_seqlens, "
-    "Tensor? conv_state_indices) -> Tensor",
-    _fwd_fake,
-)
+def _fwd_triton(*arguments):
+    from . import triton_kernel
 
-_FORWARD = {name: OPS.causal_conv1d_update_fwd.default for name in ("cpu", "cuda")}
+    count(OP, "triton")
+    return triton_kernel.causal_conv1d_update(*arguments)
+
+
+for _suffix in ("", "_triton"):
+    define(
+        f"causal_conv1d_update_fwd{_suffix}(Tensor x, Tensor(a!) conv_state, Tensor weight, Tensor? bias, bool silu, "
+        "Tensor? cache_seqlens, Tensor? conv_state_indices) -> Tensor",
+        _fwd_fake,
+    )
+implement("causal_conv1d_update_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
+
+_FORWARD = {name: OPS.causal_conv1d_update_fwd.default for name in ("cpu", "cuda")} | {
+    "triton": OPS.causal_conv1d_update_fwd_triton.default
+}
