@@ -1,9 +1,14 @@
 // selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
 // The caller owns out, last_state, which is contiguous, and `line`, the zeroed workspace of `line_workers`. `multiprocessors`: of
-// the GPU that is emulated.
+// the GPU that is emulated. The device "cuda_mma" is the tensor-core kernel, and an error where it does not serve.
 #include "host/host.h"
 #include "selective_scan/scan_line.h"
 #include "selective_scan/selective_scan.h"
+
+namespace cobra {  // selective_scan_cuda.cuh
+bool mma_serves(const SelectiveScanFwdParams& p);
+int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
+}  // namespace cobra
 
 namespace cobra::host {
 namespace {
@@ -71,7 +76,9 @@ void forward(const std::string& device, const py::array& u, const py::array& del
   p.out = pointer(out);
   p.out_stride = sequence_stride(out, "out");
   p.last_state = pointer(last_state);
-  run(device, p, &selective_scan_fwd_cpu, &selective_scan_fwd_cuda);
+  const bool mma = device == "cuda_mma";
+  if (mma && !mma_serves(p)) throw std::invalid_argument("the tensor-core kernel does not serve this call");
+  run(mma ? "cuda" : device, p, &selective_scan_fwd_cpu, mma ? &selective_scan_fwd_mma : &selective_scan_fwd_cuda);
 }
 
 // (chain, begin, end, receives, sends) of each item of a worker, in its order.

@@ -588,6 +588,7 @@ int64_t selective_scan_line_words(int64_t workers) { return 2 + kLineFlags * wor
 
 int selective_scan_fwd_cuda(const SelectiveScanFwdParams& p, void* stream) {
   if (p.dim == 0 || sequence_count(p) == 0) return 0;
+  if (mma_serves(p)) return selective_scan_fwd_mma(p, stream);
   return lanes_per_channel(p) == 1 ? start<1>(plan(p, 1), stream) : start<4>(plan(p, 4), stream);
 }
 
