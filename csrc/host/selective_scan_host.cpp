@@ -103,7 +103,9 @@ int64_t line_workers(int64_t batch, int64_t dim, int64_t seqlen, int multiproces
 }
 
 const Room room([](py::module_& m) {
-  m.def("selective_scan", &forward);
+  m.def("selective_scan", &forward, py::arg("device"), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
+        py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("cu_seqlens"), py::arg("out"),
+        py::arg("last_state"), py::arg("multiprocessors"), py::arg("line_workers") = 0, py::arg("line") = py::none());
   m.def("selective_scan_line_items", &line_items);
   m.def("selective_scan_line_workers", &line_workers);
   m.def("selective_scan_line_words", &selective_scan_line_words);
