@@ -18,22 +18,25 @@ void set_bias(Params& p, const OptionalArray& bias) {
 }
 
 // (whole_tiles, split, elements of the workspace) of a layer whose segments are `widths` wide.
-std::tuple<int64_t, int, int64_t> linear_plan_of(int64_t rows, int64_t cols, const std::vector<int64_t>& widths, int64_t multiprocessors) {
+std::tuple<int64_t, int, int64_t> linear_plan_of(int64_t rows, int64_t cols, const std::vector<int64_t>& widths, int64_t multiprocessors,
+                                                 bool warpgroups) {
   LinearParams p{};
   p.rows = rows;
   p.cols = cols;
+  p.warpgroups = warpgroups;
   for (const int64_t width : widths) p.width[p.segments++] = width;
   linear_plan(p, multiprocessors);
   return {p.whole_tiles, p.split, linear_workspace(p)};
 }
 
-void linear(const std::vector<py::array>& x, const py::array& weight, const OptionalArray& bias, const py::array& y, bool gelu, int64_t whole_tiles,
-            int split, const OptionalArray& workspace) {
+void linear(const std::vector<py::array>& x, const py::array& weight, const OptionalArray& bias, const py::array& y, bool gelu, bool warpgroups,
+            int64_t whole_tiles, int split, const OptionalArray& workspace) {
   LinearParams p{};
   p.rows = y.shape(0);
   p.cols = weight.shape(0);
   p.depth = weight.shape(1);
   p.gelu = gelu;
+  p.warpgroups = warpgroups;
   for (const py::array& segment : x) {
     const Rows rows(segment);
     p.shape = rows.shape();
@@ -107,9 +110,10 @@ void peg(const std::string& device, const py::array& pooled, const py::array& we
 }
 
 const Room room([](py::module_& m) {
-  m.def("projector_linear_plan", &linear_plan_of, py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("multiprocessors"));
-  m.def("projector_linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("gelu"), py::arg("whole_tiles"),
-        py::arg("split"), py::arg("workspace"));
+  m.def("projector_linear_plan", &linear_plan_of, py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("multiprocessors"),
+        py::arg("warpgroups"));
+  m.def("projector_linear", &linear, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("y"), py::arg("gelu"), py::arg("warpgroups"),
+        py::arg("whole_tiles"), py::arg("split"), py::arg("workspace"));
   m.def("projector_bias_gelu", &bias_gelu, py::arg("device"), py::arg("h"), py::arg("bias"), py::arg("y"), py::arg("like"));
   m.def("projector_gelu_pool", &gelu_pool, py::arg("device"), py::arg("hidden"), py::arg("bias"), py::arg("height"), py::arg("width"),
         py::arg("out_height"), py::arg("out_width"), py::arg("pooled"), py::arg("like"), py::arg("gelu"));

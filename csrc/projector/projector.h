@@ -22,6 +22,7 @@ struct LinearParams {
   int64_t weight_stride, bias_stride;
   DType dtype, bias_dtype;
 
+  bool warpgroups;      // which kernel: products of warpgroups or of warps
   int64_t whole_tiles;  // of linear_plan: the tiles from here on are summed in `split` parts along the depth
   int split;
 
@@ -81,31 +82,36 @@ constexpr PhiTail kPhiTail{{0.035932042f, -0.15827717f, 0.20820843f, -0.05539536
 
 // --- how a GPU shares out a linear layer -----------------------------------------------------------------------------
 
-constexpr int kLinearRows = 128, kLinearCols = 128, kLinearDepth = 32;  // of a tile; a block owns one
-constexpr int kLinearBlocksPerMultiprocessor = 2;
+// What a block owns: rows x cols outputs, summed `depth` channels at a step; `blocks` of them share a multiprocessor.
+struct LinearTile {
+  int rows, cols, depth, blocks;
+  int part_cost;  // of writing and adding one part of a split depth, in steps: rows * cols sums out and in. An estimate
+};
+constexpr LinearTile kWarpTile{128, 128, 32, 2, 14};       // products of warps, on every GPU
+constexpr LinearTile kWarpgroupTile{128, 256, 64, 1, 11};  // products of warpgroups, on sm_90a
+constexpr const LinearTile& linear_tile(const LinearParams& p) { return p.warpgroups ? kWarpgroupTile : kWarpTile; }
 
-constexpr int64_t linear_tiles(int64_t rows, int64_t cols) {
-  return (rows + kLinearRows - 1) / kLinearRows * ((cols + kLinearCols - 1) / kLinearCols);
+inline int64_t linear_tiles(const LinearParams& p) {
+  const LinearTile& tile = linear_tile(p);
+  return (p.rows + tile.rows - 1) / tile.rows * ((p.cols + tile.cols - 1) / tile.cols);
 }
 // Steps along the depth: a step lies in one segment.
 inline int64_t linear_steps(const LinearParams& p) {
   int64_t steps = 0;
-  for (int i = 0; i < p.segments; ++i) steps += (p.width[i] + kLinearDepth - 1) / kLinearDepth;
+  for (int i = 0; i < p.segments; ++i) steps += (p.width[i] + linear_tile(p).depth - 1) / linear_tile(p).depth;
   return steps;
 }
 
 // Full rounds of tiles are computed whole; the tiles left over, fewer than the GPU has places for, in `split` parts along the
 // depth, as many as shorten the last round most. A function of the problem and the GPU: the sums have one order on every run.
 inline void linear_plan(LinearParams& p, int64_t multiprocessors) {
-  // What writing and adding a part costs, in steps: 64 KB out and in against 2 x 128 x 128 x 32 products. An estimate.
-  constexpr int64_t kPartCost = 14, kMostParts = 16, kFewestSteps = 4;
-  const int64_t places = multiprocessors * kLinearBlocksPerMultiprocessor, tiles = linear_tiles(p.rows, p.cols), steps = linear_steps(p);
-  const int64_t left = tiles % places;
+  constexpr int64_t kMostParts = 16, kFewestSteps = 4;
+  const int64_t places = multiprocessors * linear_tile(p).blocks, tiles = linear_tiles(p), steps = linear_steps(p), left = tiles % places;
   int64_t best = steps;
   p.whole_tiles = tiles;
   p.split = 1;
   for (int64_t split = 2; left && split <= kMostParts && steps >= split * kFewestSteps; ++split) {
-    const int64_t rounds = (left * split + places - 1) / places, cost = rounds * ((steps + split - 1) / split + kPartCost);
+    const int64_t rounds = (left * split + places - 1) / places, cost = rounds * ((steps + split - 1) / split + linear_tile(p).part_cost);
     if (cost >= best) continue;
     best = cost;
     p.whole_tiles = tiles - left;
@@ -113,8 +119,8 @@ inline void linear_plan(LinearParams& p, int64_t multiprocessors) {
   }
 }
 // Elements of the workspace: one tile for each part.
-constexpr int64_t linear_workspace(const LinearParams& p) {
-  return p.split == 1 ? 0 : (linear_tiles(p.rows, p.cols) - p.whole_tiles) * p.split * kLinearRows * kLinearCols;
+inline int64_t linear_workspace(const LinearParams& p) {
+  return p.split == 1 ? 0 : (linear_tiles(p) - p.whole_tiles) * p.split * linear_tile(p).rows * linear_tile(p).cols;
 }
 
 void projector_bias_gelu_cpu(const BiasGeluParams&, const Parallel&);
@@ -126,7 +132,11 @@ int projector_linear_cuda(const LinearParams&, void* stream);
 int projector_bias_gelu_cuda(const BiasGeluParams&, void* stream);
 int projector_gelu_pool_cuda(const GeluPoolParams&, void* stream);
 int projector_peg_cuda(const PegParams&, void* stream);
-// Of the current device, for linear_plan.
-int multiprocessors_cuda();
+// Of the current device: its multiprocessors, and whether products of warpgroups run on it.
+struct LinearDevice {
+  int multiprocessors;
+  bool warpgroups;
+};
+LinearDevice projector_linear_device_cuda();
 
 }  // namespace cobra

@@ -171,7 +171,9 @@ Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const Opt
   sizes.push_back(p.cols);
   Tensor y = torch::stable::new_empty(weight, sizes);
   p.y = y.mutable_data_ptr();
-  linear_plan(p, multiprocessors_cuda());
+  const LinearDevice device = projector_linear_device_cuda();
+  p.warpgroups = device.warpgroups;
+  linear_plan(p, device.multiprocessors);
   Tensor workspace = torch::stable::new_empty(weight, {linear_workspace(p)}, ScalarType::Float);
   p.workspace = workspace.mutable_data_ptr();
   check_launch(projector_linear_cuda(p, current_stream(weight, op)), op);

@@ -13,7 +13,7 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
-TILE, DEPTH = 128, 32  # of csrc/projector/projector.h
+TILES = {False: (128, 128, 32, 2), True: (128, 256, 64, 1)}  # warpgroups: rows, columns, depth, blocks (csrc/projector/projector.h)
 
 
 def identity(case: NamedTuple, prefix: str = "") -> str:
@@ -51,6 +51,7 @@ class Linear(NamedTuple):
     whole_tiles: int = 0  # with split > 1: how many tiles are not split
     layout: str = "contiguous"
     infinite: bool = False  # an infinite weight where the second segment begins
+    warpgroups: bool = False
 
     @property
     def id(self) -> str:
@@ -71,7 +72,7 @@ PASSES = [
     *(Case(channels=c, max_grid_x=3) for c in (17, 40, 1032)),
 ]  # fmt: skip
 # Sizes on both sides of a tile (128 x 128), of a step (32 channels) and of the ring of four stages; every tail of 8.
-LINEARS = [
+OF_WARPS = [
     Linear(),
     *(Linear(lead=(rows,)) for rows in (0, 1, 2, 127, 128, 129)),
     *(Linear(cols=cols) for cols in (0, 1, 4, 7, 8, 65, 127, 128, 129, 130, 132)),
@@ -86,9 +87,23 @@ LINEARS = [
     Linear(lead=(2, 70), layout="padded", cols=130, split=2, whole_tiles=2),
     Linear(infinite=True, gelu=False, widths=(40, 24)),
 ]  # fmt: skip
+# The same for tiles of 128 x 256 and steps of 64 channels; what the two kernels share is not repeated.
+OF_WARPGROUPS = [case._replace(warpgroups=True) for case in (
+    Linear(),
+    *(Linear(lead=(rows,)) for rows in (1, 128, 129)),
+    *(Linear(cols=cols) for cols in (1, 7, 132, 255, 256, 257)),
+    *(Linear(widths=w) for w in ((), (8,), (64,), (72,), (128, 64), (136, 8, 56), (520,))),
+    Linear(dtype="fp16", gelu=False, bias_dtype=None),
+    *(Linear(widths=w, split=s) for w, s in (((264,), 3), ((24, 72, 136), 4))),
+    *(Linear(lead=(130,), cols=260, split=2, whole_tiles=t) for t in (0, 3)),
+    Linear(lead=(5, 3, 3), layout="padded"),
+    Linear(infinite=True, gelu=False, widths=(40, 24)),
+)]  # fmt: skip
+LINEARS = [*OF_WARPS, *OF_WARPGROUPS]
 CASES = [*PASSES, *LINEARS]
 # A matrix product is 500 times slower under a sanitizer than on its own: one case of each path.
-SANITIZED = [*PASSES, *(c for c in LINEARS if c.lead[0] * c.cols <= 37 * 72 and sum(c.widths) <= 104), LINEARS[-2]]
+SANITIZED = [*PASSES, *(c for c in OF_WARPS if c.lead[0] * c.cols <= 37 * 72 and sum(c.widths) <= 104), OF_WARPS[-2],
+             *(OF_WARPGROUPS[i] for i in (0, 2, 9, 15, 19))]  # fmt: skip
 
 
 def gelu(x: np.ndarray) -> np.ndarray:
@@ -178,11 +193,12 @@ def check_linear(host, case: Linear) -> None:
     bias = None if case.bias_dtype is None else Tensor((case.cols,), case.bias_dtype, "strided", rng.standard_normal(case.cols))
     y = Tensor((rows, case.cols), case.dtype)
 
-    tiles = -(-rows // TILE) * -(-case.cols // TILE)
+    tile_rows, tile_cols, _, _ = TILES[case.warpgroups]
+    tiles = -(-rows // tile_rows) * -(-case.cols // tile_cols)
     whole = case.whole_tiles if case.split > 1 else tiles
-    workspace = Tensor(((tiles - whole) * case.split * TILE * TILE,), "fp32") if case.split > 1 else None
-    host.projector_linear([t.array for t in x], weight.array, bias and bias.array, y.array, case.gelu, whole, case.split,
-                          workspace and workspace.array)  # fmt: skip
+    workspace = Tensor(((tiles - whole) * case.split * tile_rows * tile_cols,), "fp32") if case.split > 1 else None
+    host.projector_linear([t.array for t in x], weight.array, bias and bias.array, y.array, case.gelu, case.warpgroups, whole,
+                          case.split, workspace and workspace.array)  # fmt: skip
 
     flat = np.concatenate([np.zeros((rows, 0)), *(t.values().reshape(rows, t.array.shape[-1]) for t in x)], -1)
     if case.infinite:
@@ -207,15 +223,15 @@ def check_linear(host, case: Linear) -> None:
 def check_plan(host, case: Linear) -> None:
     """How the layer's tiles are shared out on GPUs of several sizes: every tile once, parts of at least four steps, a workspace that
     holds them; and a plan that takes fewer rounds than none."""
-    rows, steps = int(np.prod(case.lead)), sum(-(-width // DEPTH) for width in case.widths)
+    rows, (tile_rows, tile_cols, depth, blocks) = int(np.prod(case.lead)), TILES[case.warpgroups]
     for factor in (1, 40):
         for multiprocessors in (1, 3, 132):
             m, n, widths = rows * factor, case.cols * factor, [width * factor for width in case.widths]
-            steps = sum(-(-width // DEPTH) for width in widths)
-            tiles = -(-m // TILE) * -(-n // TILE)
-            whole, split, elements = host.projector_linear_plan(m, n, widths, multiprocessors)
-            left, places = tiles - whole, 2 * multiprocessors
-            assert 0 <= whole <= tiles and elements == (left * split * TILE * TILE if split > 1 else 0)
+            steps = sum(-(-width // depth) for width in widths)
+            tiles = -(-m // tile_rows) * -(-n // tile_cols)
+            whole, split, elements = host.projector_linear_plan(m, n, widths, multiprocessors, case.warpgroups)
+            left, places = tiles - whole, blocks * multiprocessors
+            assert 0 <= whole <= tiles and elements == (left * split * tile_rows * tile_cols if split > 1 else 0)
             if split == 1:
                 assert left == 0
             else:
@@ -238,6 +254,6 @@ def check_large_strides(host, device: str) -> None:
         return
     x, w, out = harness.sparse_rows(3, 8, step), harness.sparse_rows(4, 8, step), np.full((3, 4), np.nan, np.float16)
     x[...], w[...] = rng.standard_normal((3, 8)), rng.standard_normal((4, 8))
-    host.projector_linear([x], w, None, out, False, 1, 1, None)
+    host.projector_linear([x], w, None, out, False, False, 1, 1, None)
     expected = x.astype(np.float64) @ w.astype(np.float64).T
     assert np.linalg.norm(out - expected) <= harness.OUTPUT["fp16"] * np.linalg.norm(expected)

@@ -16,9 +16,9 @@ from ...library import OPS, define
 MAX_SEGMENTS, MAX_DIMS = 4, 7  # of csrc/projector/projector.h and csrc/common/rows.h
 
 # From how many rows on the library's product is the faster one, by compute capability; our kernel below that, and everywhere
-# else. Hopper and Blackwell have matrix instructions that only the library uses here: our warp-level ones reach 60% of their
-# rate, less than fusing bias, GELU and the features' concatenation saves. An estimate until a record decides.
-LIBRARY_ROWS = {(9, 0): 1, (10, 0): 1, (10, 3): 1}
+# else. Data-centre Blackwell has matrix instructions that only the library uses; on Hopper the kernel has them too, and what it
+# saves besides (GELU, bias, the features' copy, half-filled rounds of tiles) is most at few rows. An estimate until a record decides.
+LIBRARY_ROWS = {(10, 0): 1, (10, 3): 1}
 
 PRODUCT: str | None = None  # "kernel" or "library": which of the two, where both can serve. For the bench and the tests
 
