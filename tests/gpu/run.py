@@ -292,15 +292,24 @@ METRICS = {
 }
 
 
+def op_of(kernel: str) -> str | None:
+    """The op whose kernels hold this name: of the only room in csrc/nvcc_table.tsv that has one, or the op it begins with."""
+    from tests.gpu.cases import OPS
+
+    rows = [line.split("\t") for line in (ROOT / "csrc" / "nvcc_table.tsv").read_text().splitlines()[2:]]
+    rooms = {source.split("/")[0] for source, name, *_ in rows if kernel in name}
+    room = rooms.pop() if len(rooms) == 1 else max((name for name in OPS if kernel.startswith(name)), key=len, default=None)
+    return "mlp_projector" if room == "projector" else room if room in OPS else None
+
+
 def profile(session: Session, kernel: str, op: str | None, shape: str | None) -> int:
     """ncu on three launches of the kernels whose name holds `kernel`, from the op's own bench inputs."""
     if not build(session):
         return session.end()
-    from tests.gpu.cases import OPS
-
-    op = op or max((name for name in OPS if kernel.startswith(name)), key=len, default=None)
+    kernel = re.split(r"[<(]", kernel)[0]  # ncu matches names without template arguments
+    op = op or op_of(kernel)
     if op is None:
-        session.finish("profile", 2, 0, f"KERNEL={kernel} begins with no op's name; say OP=, one of {', '.join(OPS)}")
+        session.finish("profile", 2, 0, f"KERNEL={kernel} is of no op, or of several (csrc/nvcc_table.tsv); say OP=")
         return session.end()
     run = [PYTHON, "-m", "benchmarks.once", op, "--device", "cpu" if session.rehearse else "cuda", *(["--shape", shape] if shape else [])]
     ncu = shutil.which("ncu")

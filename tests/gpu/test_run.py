@@ -84,3 +84,8 @@ def test_without_a_device_the_verbs_say_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["test"]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_the_op_of_a_kernel_comes_from_the_table():
+    assert run.op_of("rms_norm_fwd_vector_kernel") == "rms_norm" and run.op_of("selective_scan_fwd") == "selective_scan"
+    assert run.op_of("no_such_kernel") is None and run.op_of("probe_kernel") is None  # the benchmarks' own
