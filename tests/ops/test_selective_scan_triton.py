@@ -63,7 +63,15 @@ def interpreted() -> None:
         part["initial_state"] = tensors["initial_state"][i : i + 1]
         alone, state = run(case._replace(cu_seqlens=None), part, "triton")
         different += int((alone != out[..., begin:end]).sum() + (state[0] != last[i]).sum())
-    print(json.dumps({"packed": {"different bits": [different, 0]}}))
+    begin, end = case.cu_seqlens[3:5]
+    poison = {k: t.clone() for k, t in tensors.items()}
+    for name in ("u", "delta", "z", "B", "C"):
+        poison[name][..., begin:] = float("nan")  # the last sequence, and the padding behind it
+    poisoned, poisoned_last = run(case, poison, "triton")
+    leaks = int(
+        (poisoned[..., :begin] != out[..., :begin]).sum() + (poisoned_last[:3] != last[:3]).sum() + (poisoned[..., end:] != 0).sum()
+    )
+    print(json.dumps({"packed": {"different bits": [different, 0], "leaks": [leaks, 0]}}))
 
     # Bounds that no check stopped: clamped, so nothing outside is touched.
     wild = tensors | {"initial_state": tensors["initial_state"][:2]}
