@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def interpreted() -> None:
     out, last = triton_kernel.selective_scan_fwd(*(wild[n] for n in names), True, wild["initial_state"], torch.tensor([-5, 9, 10**12]))
     print(json.dumps({"wild bounds": {"not finite": [int((~out.isfinite()).sum() + (~last.isfinite()).sum()), 0]}}))
 
+    # Steps 2^30 + 7 elements apart, on a sparse file: the third lies beyond what 32 bits count.
+    case = SMALL._replace(dim=2, seqlen=3, dtype=BF16)
+    tensors, apart = make_inputs(case), 2**30 + 7
+    out, last = run(case, tensors, "triton")
+    with tempfile.NamedTemporaryFile() as file:
+        storage = torch.from_file(file.name, shared=True, size=2 * apart + 2, dtype=BF16)
+        far = storage.as_strided((1, 2, 3), (1, 1, apart)).copy_(tensors["u"])
+        there = triton_kernel.selective_scan_fwd(*((tensors | {"u": far})[n] for n in names), True, tensors["initial_state"], None)
+    print(json.dumps({"far steps": {"different bits": [int((there[0] != out).sum() + (there[1] != last).sum()), 0]}}))
+
     # An infinite rate of decay forgets everything, in padded states too.
     u, delta, B = torch.randn(1, 5, 6), torch.rand(1, 5, 6) + 0.1, torch.randn(1, 3, 6)
     from cobra_kernels import selective_scan
@@ -111,7 +122,7 @@ def errors():
     return results
 
 
-@pytest.mark.parametrize("case", [*(case.id for case in CASES), "packed", "wild bounds", "infinite decay", "gradients"])
+@pytest.mark.parametrize("case", [*(case.id for case in CASES), "packed", "wild bounds", "far steps", "infinite decay", "gradients"])
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
+from cobra_kernels import selective_state_update  # noqa: E402
 from cobra_kernels.triton_utils import cross_compile  # noqa: E402
 from tests.ops.test_selective_state_update import BF16, F16, F32, Case, in_fp64, make_inputs, run  # noqa: E402
 from tests.tolerances import OUTPUT, relative_error  # noqa: E402
@@ -54,10 +56,21 @@ def interpreted() -> None:
             tensors["x"][-1] = float("nan")  # padding may hold anything
         got, expected = run(tensors, "triton"), run(in_fp64(tensors), "reference")
         print(json.dumps({case.id: {n: [relative_error(g, e), limit_of(g, e)] for n, g, e in zip(("out", "state"), got, expected)}}))
-    # Nothing but padding, and a pool without rows; a step from which softplus and its bits can be read.
+    # Nothing but padding, and a pool without rows.
     tensors = make_inputs(Case(batch=2, dim=5, indices=torch.int64)) | {"state_batch_indices": torch.tensor([-1, -7])}
     tensors["state"] = tensors["state"][:0]
     print(json.dumps({"padding": {"out": [run(tensors, "triton")[0].abs().max().item(), 0.0]}}))
+    # Rows of the pool 2^31 + 7 elements apart, on a sparse file: an offset of 32 bits would write elsewhere.
+    tensors, apart = make_inputs(Case(batch=2, dim=5, dstate=4, dtype=BF16)), 2**31 + 7
+    out, state = run(tensors, "triton")
+    with tempfile.NamedTemporaryFile() as file:
+        storage = torch.from_file(file.name, shared=True, size=apart + 20, dtype=BF16)
+        far = storage.as_strided((2, 5, 4), (apart, 4, 1)).copy_(tensors["state"])
+        there = selective_state_update(**{**tensors, "state": far}, backend="triton")
+        different = int((there != out).sum() + (far != state).sum())
+    print(json.dumps({"far rows": {"different bits": [different, 0]}}))
+
+    # With A = 0, B = C = x = 1 and no state, out is the step itself.
     raw = torch.tensor([[-200.0, -80.0, -17.5, -3.2, -1e-3, 0.0, 1e-3, 3.2, 19.9, 20.1, 100.0, 1e4]])
     state, one = torch.zeros(1, 12, 1), torch.ones(1, 12)
     tensors = {"state": state, "x": one, "dt": raw, "A": torch.zeros(12, 1), "B": one[:, :1], "C": one[:, :1], "dt_softplus": True}
@@ -80,7 +93,7 @@ def errors():
     return results
 
 
-@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "softplus"])
+@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "far rows", "softplus"])
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"

@@ -61,7 +61,8 @@ def _scan_kernel(
     first = pid // blocks % (dim // span) * span
     row = pid // blocks // (dim // span)  # of the states
     begin_d = first + pid % blocks * BLOCK_D
-    d, n, step = begin_d + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64), tl.arange(0, STEPS)
+    d, n = begin_d + tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N).to(tl.int64)
+    step = tl.arange(0, STEPS).to(tl.int64)
     channels, states = d < first + span, n < dstate
     element = tl.arange(0, BLOCK_N * BLOCK_D).to(tl.int64)  # of a tile (BLOCK_N, BLOCK_D), row by row
     tile_n, tile_d = element // BLOCK_D, begin_d + element % BLOCK_D
