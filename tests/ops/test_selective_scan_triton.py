@@ -92,12 +92,17 @@ def interpreted() -> None:
         there = triton_kernel.selective_scan_fwd(*((tensors | {"u": far})[n] for n in names), True, tensors["initial_state"], None)
     print(json.dumps({"far steps": {"different bits": [int((there[0] != out).sum() + (there[1] != last).sum()), 0]}}))
 
-    # An infinite rate of decay forgets everything, in padded states too.
+    # An infinite rate of decay forgets everything, and the steps of 0 behind the end forget nothing.
     u, delta, B = torch.randn(1, 5, 6), torch.rand(1, 5, 6) + 0.1, torch.randn(1, 3, 6)
     from cobra_kernels import selective_scan
 
-    out = selective_scan(u, delta, torch.full((5, 3), -float("inf")), B, torch.ones(1, 3, 6), backend="triton")
-    print(json.dumps({"infinite decay": {"out": [relative_error(out, (delta * u * B.sum(1, keepdim=True)).double()), 1e-6]}}))
+    out, last = selective_scan(
+        u, delta, torch.full((5, 3), -float("inf")), B, torch.ones(1, 3, 6), return_last_state=True, backend="triton"
+    )
+    expected = (delta * u * B.sum(1, keepdim=True)).double(), ((delta * u)[..., -1:] * B[..., -1][:, None]).double()
+    print(
+        json.dumps({"infinite decay": {n: [relative_error(g, e), 1e-6] for n, g, e in zip(("out", "last_state"), (out, last), expected)}})
+    )
 
     # Gradients are the reference's formula, from the kernel's inputs.
     case = SMALL._replace(dim=3)
