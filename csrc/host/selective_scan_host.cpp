@@ -8,6 +8,7 @@
 namespace cobra {  // selective_scan_cuda.cuh
 bool mma_serves(const SelectiveScanFwdParams& p);
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
+int64_t mma_line_workers(const SelectiveScanFwdParams& p);
 }  // namespace cobra
 
 namespace cobra::host {
@@ -90,8 +91,8 @@ std::vector<std::tuple<int64_t, int64_t, int64_t, bool, bool>> line_items(int64_
   return items;
 }
 
-// Of a plain fp32 call on a GPU.
-int64_t line_workers(int64_t batch, int64_t dim, int64_t seqlen, int multiprocessors) {
+// Of a plain fp32 call on a GPU, or of one that the tensor-core kernel serves.
+int64_t line_workers(int64_t batch, int64_t dim, int64_t seqlen, int multiprocessors, bool mma) {
   SelectiveScanFwdParams p{};
   p.batch = batch;
   p.dim = dim;
@@ -99,15 +100,13 @@ int64_t line_workers(int64_t batch, int64_t dim, int64_t seqlen, int multiproces
   p.dstate = 16;
   p.B_stride.groups = p.C_stride.groups = 1;
   p.multiprocessors = multiprocessors;
-  return selective_scan_line_workers(p);
+  return mma ? mma_line_workers(p) : selective_scan_line_workers(p);
 }
 
 const Room room([](py::module_& m) {
-  m.def("selective_scan", &forward, py::arg("device"), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"),
-        py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("cu_seqlens"), py::arg("out"),
-        py::arg("last_state"), py::arg("multiprocessors"), py::arg("line_workers") = 0, py::arg("line") = py::none());
+  m.def("selective_scan", &forward);
   m.def("selective_scan_line_items", &line_items);
-  m.def("selective_scan_line_workers", &line_workers);
+  m.def("selective_scan_line_workers", &line_workers, py::arg("batch"), py::arg("dim"), py::arg("seqlen"), py::arg("multiprocessors"), py::arg("mma") = false);
   m.def("selective_scan_line_words", &selective_scan_line_words);
 });
 

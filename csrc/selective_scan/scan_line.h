@@ -17,18 +17,20 @@ struct LineItem {
   bool receives, sends;       // the state before `begin` from the worker before, the state at `end` to the next one
 };
 
-struct Line {
-  int64_t chains, steps, workers;  // 1 <= workers <= chains, steps >= 1
+// Int holds chains * steps and the square of workers.
+template <class Int>
+struct BasicLine {
+  Int chains, steps, workers;  // 1 <= workers <= chains, steps >= 1
 
-  COBRA_HOST_DEVICE int64_t share_begin(int64_t worker) const {
-    const int64_t total = chains * steps;  // total * workers might not fit
+  COBRA_HOST_DEVICE Int share_begin(Int worker) const {
+    const Int total = chains * steps;  // total * workers might not fit
     return total / workers * worker + total % workers * worker / workers;
   }
 
   // Item i of a worker; false after the last one.
-  COBRA_HOST_DEVICE bool item(int64_t worker, int64_t i, LineItem& item) const {
-    const int64_t begin = share_begin(worker), end = share_begin(worker + 1);
-    const int64_t head = end % steps ? 1 : 0, first_whole = (begin + steps - 1) / steps, wholes = end / steps - first_whole;
+  COBRA_HOST_DEVICE bool item(Int worker, Int i, LineItem& item) const {
+    const Int begin = share_begin(worker), end = share_begin(worker + 1);
+    const Int head = end % steps ? 1 : 0, first_whole = (begin + steps - 1) / steps, wholes = end / steps - first_whole;
     if (i < head)
       item = {end / steps, 0, end % steps, false, true};
     else if (i < head + wholes)
@@ -40,5 +42,6 @@ struct Line {
     return true;
   }
 };
+using Line = BasicLine<int64_t>;
 
 }  // namespace cobra

@@ -13,6 +13,7 @@ namespace cobra {
 // number of rows: a row's bits must not depend on its batch.
 bool mma_serves(const SelectiveScanFwdParams& p);
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
+int64_t mma_line_workers(const SelectiveScanFwdParams& p);  // selective_scan_line_workers of what it serves
 
 // Positions begin .. begin + length - 1 of one batch row.
 struct Sequence {

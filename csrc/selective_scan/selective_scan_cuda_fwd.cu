@@ -575,8 +575,9 @@ bool gpu_stream_is_captured(void* stream) {
 }
 
 int64_t selective_scan_line_workers(const SelectiveScanFwdParams& p) {
+  if (mma_serves(p)) return mma_line_workers(p);
   // Packed sequences have their lengths on the GPU; a short chain is not worth a hand-over.
-  if (p.dim == 0 || mma_serves(p) || p.cu_seqlens || p.seqlen < 256 || lanes_per_channel(p) == 1) return 0;
+  if (p.dim == 0 || p.cu_seqlens || p.seqlen < 256 || lanes_per_channel(p) == 1) return 0;
   const int64_t chains = plan(p, 4).warps, schedulers = kSchedulers * int64_t(p.multiprocessors);
   if (schedulers == 0 || chains <= schedulers) return 0;
   // Three warps fit a scheduler; more chains than that would come in waves. With fewer, some schedulers run one chain more than the

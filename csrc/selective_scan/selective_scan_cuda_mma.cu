@@ -8,7 +8,10 @@
 //   service  copies tiles in, makes dt and dt u, lays B and C out as fragments, and gates and stores y. A thread owns 2 channels
 //            times 4 tokens of a tile.
 // They meet once per tile: `ready` says that a tile's inputs are in shared memory, `done` that its y is. Service runs up to two
-// tiles ahead and stores one behind.
+// tiles ahead and stores one behind. Blocks may share the chains of channels in equal parts (scan_line.h): a chain is then cut
+// between two tiles, and compute warp w hands over its channels by flag w of the worker.
+#include <algorithm>
+
 #include "common/async_copy.cuh"
 #include "common/mma.cuh"
 #include "common/named_barrier.cuh"
@@ -27,6 +30,8 @@ constexpr float kTruncation = 1.000338f;
 
 using bf16 = __nv_bfloat16;
 
+COBRA_HOST_DEVICE int64_t tile_count(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
+
 // A tile as it lies in memory. Rows of 80 bytes: 16-byte copies and the reads below touch every bank once.
 struct alignas(16) RawTile {
   bf16 delta[kTile][40], u[kTile][40], z[kTile][40], BC[kTile][40];
@@ -39,8 +44,11 @@ struct alignas(16) ReadyTile {
 };
 // What the block is at. In shared memory, so that it costs the compute warps no registers while they scan.
 struct Work {
+  int worker, items;  // on the line; how many items it began
+  bool exists;
+  LineItem item;
   int64_t row, channel;  // row of the states; the first of the block's channels
-  Sequence sequence;
+  Sequence sequence;     // or the item's part of it
   int tiles, last_rows;  // tokens of the last tile
 
   __device__ __forceinline__ int rows(int tile) const { return tile < tiles - 1 ? kTile : last_rows; }
@@ -59,23 +67,21 @@ __device__ __forceinline__ uint32_t load_pair(const bf16* p) { return *reinterpr
 
 // 16-byte pieces of a tile: thread 4r + i copies piece i of row r. Tokens past the end and channels past the last become zeros.
 struct TileCopy {
+  const SelectiveScanFwdParams& p;
   const bf16 *delta, *u, *z, *BC;
-  int64_t delta_step, u_step, z_step, BC_step;
   int row, piece;
   bool active;
 
-  __device__ __forceinline__ TileCopy(const SelectiveScanFwdParams& p, const Work& work, int thread) : row(thread / 4), piece(thread % 4) {
+  __device__ __forceinline__ TileCopy(const SelectiveScanFwdParams& params, const Work& work, int thread) : p(params), row(thread / 4), piece(thread % 4) {
     const int64_t channel = work.channel + piece * 8, batch = work.sequence.batch, token = work.sequence.begin + row;
     active = channel < p.dim;
-    const auto at = [&](const void* base, const SequenceStride& s, int64_t& step) {
-      step = s.seq * kTile;
-      return static_cast<const bf16*>(base) + batch * s.batch + token * s.seq + channel;
+    const auto at = [&](const void* base, const SequenceStride& s) {
+      return base ? static_cast<const bf16*>(base) + batch * s.batch + token * s.seq + channel : nullptr;
     };
-    delta = at(p.delta, p.delta_stride, delta_step);
-    u = at(p.u, p.u_stride, u_step);
-    z = p.z ? at(p.z, p.z_stride, z_step) : nullptr;
+    delta = at(p.delta, p.delta_stride);
+    u = at(p.u, p.u_stride);
+    z = at(p.z, p.z_stride);
     const ProjectionStride& s = piece < 2 ? p.B_stride : p.C_stride;
-    BC_step = s.seq * kTile;
     BC = static_cast<const bf16*>(piece < 2 ? p.B : p.C) + batch * s.batch + token * s.seq + piece % 2 * 8;
   }
 
@@ -84,14 +90,13 @@ struct TileCopy {
     const bool there = row < rows;
     copy_async_16(&tile.delta[row][piece * 8], delta, there && active);
     copy_async_16(&tile.u[row][piece * 8], u, there && active);
-    if (z) {
-      copy_async_16(&tile.z[row][piece * 8], z, there && active);
-      z += z_step;
-    }
     copy_async_16(&tile.BC[row][piece * 8], BC, there);
-    delta += delta_step;
-    u += u_step;
-    BC += BC_step;
+    delta += p.delta_stride.seq * kTile;
+    u += p.u_stride.seq * kTile;
+    BC += (piece < 2 ? p.B_stride.seq : p.C_stride.seq) * kTile;
+    if (!p.z) return;
+    copy_async_16(&tile.z[row][piece * 8], z, there && active);
+    z += p.z_stride.seq * kTile;
   }
 };
 
@@ -109,7 +114,9 @@ __device__ __forceinline__ bool lay_out_projections(const RawTile& raw, ReadyTil
 
 __device__ __forceinline__ void serve(const SelectiveScanFwdParams& p, Shared& shared) {
   const Work work = shared.work;
-  const int thread = threadIdx.x - kRole, lane = thread % 32;
+  int thread = int(threadIdx.x) - kRole;
+  asm volatile("" : "+r"(thread));  // else the addresses that follow from it are kept in registers from one item to the next, and some spill
+  const int lane = thread % 32;
   // 8 lanes in a row have 4 pairs of channels and 2 groups of tokens: their 16-byte accesses touch every bank once.
   const int c = 2 * (lane / 8 * 4 + lane % 4), t = 4 * (thread / 32 * 2 + lane / 4 % 2);
   const int64_t channel = work.channel + c;
@@ -208,17 +215,19 @@ __device__ __forceinline__ void serve(const SelectiveScanFwdParams& p, Shared& s
 // --- compute ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void compute(const SelectiveScanFwdParams& p, Shared& shared) {
-  const int lane = threadIdx.x % 32, q = lane % 4, c = threadIdx.x / 4;
+  const int thread = int(threadIdx.x), lane = thread % 32, q = lane % 4, c = thread / 4;
   const auto state = [q](int n) { return 2 * q + n % 2 + n / 2 * 8; };
   const int tiles = shared.work.tiles;
   float A[4], h[4];  // A log2 e
   {
-    const int64_t channel = shared.work.channel + c;
+    const Work& work = shared.work;
+    const int64_t channel = work.channel + c;
     const bool active = channel < p.dim;
+    if (work.item.receives) receive_state(line_flag(p.line, work.worker - 1, thread / 32), lane);
 #pragma unroll
     for (int n = 0; n < 4; ++n) {
       A[n] = active ? decay_rate(p, channel, state(n)) : 0.f;
-      h[n] = active ? initial_state(p, shared.work.row, channel, state(n)) : 0.f;
+      h[n] = !active ? 0.f : work.item.receives ? __ldcg(last_state_of(p, work.row, channel) + state(n)) : initial_state(p, work.row, channel, state(n));
     }
   }
 
@@ -341,12 +350,14 @@ __device__ __forceinline__ void compute(const SelectiveScanFwdParams& p, Shared&
     } while (tile < tiles && irregular != tile);
   }
 
-  const int64_t channel = shared.work.channel + c;
+  const Work& work = shared.work;
+  const int64_t channel = work.channel + c;
   if (channel < p.dim) {
-    float* const last = last_state_of(p, shared.work.row, channel);
+    float* const last = last_state_of(p, work.row, channel);
 #pragma unroll
     for (int n = 0; n < 4; ++n) last[state(n)] = h[n];
   }
+  if (work.item.sends) send_state(line_flag(p.line, work.worker, thread / 32), lane);
 }
 
 __device__ __forceinline__ void clear_padding(const SelectiveScanFwdParams& p, const Work& work) {
@@ -356,26 +367,57 @@ __device__ __forceinline__ void clear_padding(const SelectiveScanFwdParams& p, c
   for (int64_t t = threadIdx.x / kChannels; t < work.sequence.length; t += kThreads / kChannels) out[t * p.out_stride.seq] = round_to<bf16>(0.f);
 }
 
-// Two blocks fit a multiprocessor.
-__global__ void __launch_bounds__(kThreads, 2) selective_scan_fwd_mma_kernel(const __grid_constant__ SelectiveScanFwdParams p) {
-  COBRA_DYNAMIC_SHARED(Shared, shared);
-  const unsigned groups = unsigned((p.dim + kChannels - 1) / kChannels);
-  const int64_t row = blockIdx.x / groups;
-  if (threadIdx.x == 0) {
-    const Sequence sequence = sequence_of(p, row);
-    const int64_t tiles = (sequence.length + kTile - 1) / kTile;
-    shared->work = {row, int64_t(blockIdx.x % groups) * kChannels, sequence, int(tiles), int(sequence.length - (tiles - 1) * kTile)};
-  }
-  __syncthreads();
-  if (p.cu_seqlens && row == p.num_seqs)
-    clear_padding(p, shared->work);
-  else if (threadIdx.x < kRole)
-    compute(p, *shared);
-  else
-    serve(p, *shared);
+struct Launch {
+  SelectiveScanFwdParams p;
+  BasicLine<int> line;  // of chains of tiles, or of chains of one step, which a block takes whole
+};
+
+// The next item of the block's worker.
+__device__ __forceinline__ void find_work(const Launch& launch, Work& work) {
+  const SelectiveScanFwdParams& p = launch.p;
+  work.exists = work.worker < launch.line.workers && launch.line.item(work.worker, work.items++, work.item);
+  if (!work.exists) return;
+  const int chain = int(work.item.chain), groups = int((p.dim + kChannels - 1) / kChannels);
+  work.row = chain / groups;
+  work.channel = int64_t(chain % groups) * kChannels;
+  work.sequence = sequence_of(p, work.row);
+  if (work.item.sends) work.sequence.length = work.item.end * kTile;
+  work.sequence.begin += work.item.begin * kTile;
+  work.sequence.length -= work.item.begin * kTile;
+  work.tiles = int(tile_count(work.sequence.length));
+  work.last_rows = int(work.sequence.length - int64_t(work.tiles - 1) * kTile);
 }
 
-int64_t block_count(const SelectiveScanFwdParams& p) { return (p.dim + kChannels - 1) / kChannels * sequence_count(p); }
+// Two blocks fit a multiprocessor.
+__global__ void __launch_bounds__(kThreads, 2) selective_scan_fwd_mma_kernel(const __grid_constant__ Launch launch) {
+  COBRA_DYNAMIC_SHARED(Shared, shared);
+  const SelectiveScanFwdParams& p = launch.p;
+  Work& work = shared->work;
+  if (threadIdx.x == 0) {
+    work.worker = p.line_workers ? int(take_line_ticket(p.line)) : int(blockIdx.x);
+    work.items = 0;
+  }
+  for (;;) {
+    if (threadIdx.x == 0) find_work(launch, work);
+    __syncthreads();
+    if (!work.exists) break;
+    if (p.cu_seqlens && work.row == p.num_seqs)
+      clear_padding(p, work);
+    else if (threadIdx.x < kRole)
+      compute(p, *shared);
+    else
+      serve(p, *shared);
+    __syncthreads();
+  }
+  if (p.line_workers && threadIdx.x == 0) leave_line(p.line, gridDim.x);
+}
+
+int64_t chain_count(const SelectiveScanFwdParams& p) { return (p.dim + kChannels - 1) / kChannels * sequence_count(p); }
+
+// Packed sequences have their lengths on the GPU. Numbers on the line have 31 bits.
+bool fits_line(const SelectiveScanFwdParams& p) {
+  return !p.cu_seqlens && p.seqlen > 0 && tile_count(p.seqlen) < (1ll << 31) / std::max<int64_t>(chain_count(p), 1);
+}
 
 }  // namespace
 
@@ -390,14 +432,28 @@ bool mma_serves(const SelectiveScanFwdParams& p) {
     return dtype == DType::kBFloat16 && !constant && s.groups == 1 && s.state == 1 && aligned(base, s.batch, s.seq);
   };
   // More blocks than a grid holds would take terabytes of last_state.
-  return p.dstate == kStates && p.dim % 8 == 0 && block_count(p) <= max_grid_x() && sequence(p.u, p.u_dtype, p.u_stride) && sequence(p.delta, p.delta_dtype, p.delta_stride) &&
+  return p.dstate == kStates && p.dim % 8 == 0 && chain_count(p) <= max_grid_x() && sequence(p.u, p.u_dtype, p.u_stride) && sequence(p.delta, p.delta_dtype, p.delta_stride) &&
          (!p.z || sequence(p.z, p.z_dtype, p.z_stride)) && sequence(p.out, p.u_dtype, p.out_stride) &&
          projection(p.B, p.B_dtype, p.B_stride, p.B_constant) && projection(p.C, p.C_dtype, p.C_stride, p.C_constant);
 }
 
+int64_t mma_line_workers(const SelectiveScanFwdParams& p) {
+  if (p.multiprocessors == 0 || !fits_line(p) || p.seqlen < 256) return 0;  // a short chain is not worth a hand-over
+  const int64_t chains = chain_count(p), alone = p.multiprocessors, pairs = 2 * alone;
+  // A multiprocessor with two blocks gives each of them 0.62 of what one has alone (README.md): with less than 1.6 chains for each, sharing
+  // them as evenly as one worker can beats two chains for some. With more than two, it beats a last wave that is mostly empty.
+  if (chains > alone && 5 * chains < 8 * alone) return alone;
+  const int64_t waves = (chains + pairs - 1) / pairs;
+  return chains > pairs && 16 * waves * pairs > 17 * chains ? pairs : 0;
+}
+
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream) {
-  if (block_count(p) == 0) return 0;
-  return launch(&selective_scan_fwd_mma_kernel, dim3(unsigned(block_count(p))), dim3(kThreads), sizeof(Shared), stream, p);
+  const int64_t chains = chain_count(p);
+  if (chains == 0) return 0;
+  Launch call{p, {int(chains), 1, int(chains)}};
+  if (!fits_line(p)) call.p.line_workers = 0;
+  if (call.p.line_workers) call.line = {int(chains), int(tile_count(p.seqlen)), int(std::min(p.line_workers, chains))};
+  return launch(&selective_scan_fwd_mma_kernel, dim3(unsigned(call.line.workers)), dim3(kThreads), sizeof(Shared), stream, call);
 }
 
 }  // namespace cobra

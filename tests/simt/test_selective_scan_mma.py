@@ -94,12 +94,14 @@ def inputs_of(case: Case, seed: int = 0, log_dt: tuple[float, float] | None = No
     }  # fmt: skip
 
 
-def scan(host, inputs: dict, device: str = "cuda_mma") -> tuple[Tensor, Tensor]:
-    """(out, last_state); out is (batch, seqlen, dim)."""
+def scan(host, inputs: dict, workers: int = 0) -> tuple[Tensor, Tensor]:
+    """(out, last_state), out as (batch, seqlen, dim); `workers` share the chains of 32 channels on the line."""
     batch, dim, seqlen = inputs["u"].shape
     rows = batch if inputs["cu_seqlens"] is None else len(inputs["cu_seqlens"]) - 1
     out, last = Tensor((batch, seqlen, dim), "bf16"), Tensor((rows, dim, DSTATE), "fp32")
-    host.selective_scan(device, *inputs.values(), out.array.transpose(0, 2, 1), last.array, 132, 0, None)
+    line = np.zeros(host.selective_scan_line_words(workers), np.uint32)
+    host.selective_scan("cuda_mma", *inputs.values(), out.array.transpose(0, 2, 1), last.array, 132, workers, line)
+    assert not line.any(), f"{workers} workers left their workspace {line.nonzero()[0].tolist()} not zero"
     return out, last
 
 
@@ -188,6 +190,41 @@ def test_a_prefill_in_two_pieces_has_the_same_bits(host, cut):
     both, ends = scan(host, inputs | {"initial": states, "cu_seqlens": np.array([0, cut, case.seqlen], "i4")})
     assert np.array_equal(both.array, out.array)
     assert np.array_equal(ends.array, np.concatenate([half.array, last.array]))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 4, 5, 6])
+def test_shares_of_the_line_have_the_same_bits(host, workers):
+    """Chains cut between tiles and handed over from block to block, with any number of blocks in flight: nothing changes."""
+    inputs = inputs_of(Case(seqlen=161, dim=72))  # 6 chains of 6 tiles
+    out, last = scan(host, inputs)
+    for options in (*ORDERS.values(), {"order": "reverse", "resident": 2}, {"order": "random", "resident": 0, "seed": 7}):
+        host.set_simt(**options)
+        shared, shared_last = scan(host, inputs, workers)
+        assert np.array_equal(shared.array, out.array) and np.array_equal(shared_last.array, last.array), options
+
+
+def test_packed_sequences_do_not_take_the_line(host):
+    inputs = inputs_of(Case(batch=1, packed=(0, 3, 36, 68)))
+    assert all(np.array_equal(a.array, b.array) for a, b in zip(scan(host, inputs), scan(host, inputs, workers=2)))
+
+
+@pytest.mark.parametrize(
+    "batch, dim, seqlen, workers",
+    [
+        (1, 5120, 800, 132),  # 160 chains: 1.2 for each multiprocessor
+        (1, 5120, 255, 0),  # too short
+        (1, 4224, 800, 0),  # 132: one each
+        (1, 2560, 800, 0),
+        (1, 7680, 800, 0),  # 240: two blocks for most
+        (2, 5120, 800, 264),  # 320: a second wave that is mostly empty
+        (8, 5120, 2048, 0),  # 1280: 4.8 waves
+        (0, 5120, 800, 0),
+        (1, 0, 800, 0),
+        (1, 5120, 2**33, 0),  # numbers on the line have 31 bits
+    ],
+)
+def test_when_the_line_is_used(host, batch, dim, seqlen, workers):
+    assert host.selective_scan_line_workers(batch, dim, seqlen, 132, mma=True) == workers
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
