@@ -271,25 +271,48 @@ __device__ __forceinline__ int behind_alignment(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % (16 / sizeof(T)));
 }
 
-// v[i] = steps t + i of a row for i with low <= t + i < high, else 0; `row` is at step 0, row + t is 16-byte aligned.
+// 8 steps as 32-bit words, which is how they are loaded.
 template <class T>
-__device__ __forceinline__ Pack<T, kFirstItems> load_granule(const T* row, int64_t t, int64_t low, int64_t high) {
-  if (t >= low && t + kFirstItems <= high) return load_pack<T, kFirstItems>(row + t);
-  Pack<T, kFirstItems> granule{};
+struct Granule {
+  unsigned words[kFirstItems * sizeof(T) / 4];
+
+  __device__ __forceinline__ float operator[](int i) const {
+    constexpr int kPerWord = 4 / int(sizeof(T));
+    return value_of_word<T>(words[i / kPerWord], i % kPerWord * int(sizeof(T)));
+  }
+};
+
+// Steps q .. q + 7; `at` points at step q and is 16-byte aligned. Only those of [low, high) are read, the others are 0, or written.
+template <class T>
+__device__ __forceinline__ Granule<T> load_granule(const T* at, int q, int low, int high) {
+  Granule<T> granule{};
+  if (q >= low && q + kFirstItems <= high) {
+    const auto pack = load_pack<T, kFirstItems>(at);
+    memcpy(&granule, &pack, sizeof granule);
+  } else if (q < high) {
 #pragma unroll
-  for (int i = 0; i < kFirstItems; ++i)
-    if (t + i >= low && t + i < high) granule.v[i] = row[t + i];
+    for (int i = 0; i < kFirstItems; ++i)
+      if (q + i >= low && q + i < high) {
+        if constexpr (sizeof(T) == 4)
+          granule.words[i] = reinterpret_cast<const unsigned*>(at)[i];
+        else
+          granule.words[i / 2] |= unsigned(reinterpret_cast<const unsigned short*>(at)[i]) << (i % 2 * 16);
+      }
+  }
   return granule;
 }
 template <class T>
-__device__ __forceinline__ void store_granule(T* row, int64_t t, int64_t low, int64_t high, const float (&v)[kFirstItems]) {
-  Pack<T, kFirstItems> granule;
+__device__ __forceinline__ void store_granule(T* at, int q, int low, int high, const float (&v)[kFirstItems]) {
+  if (q >= low && q + kFirstItems <= high) {
+    Pack<T, kFirstItems> pack;
 #pragma unroll
-  for (int i = 0; i < kFirstItems; ++i) granule.v[i] = round_to<T>(v[i]);
-  if (t >= low && t + kFirstItems <= high) return store_pack<T, kFirstItems>(row + t, granule);
+    for (int i = 0; i < kFirstItems; ++i) pack.v[i] = round_to<T>(v[i]);
+    store_pack<T, kFirstItems>(at, pack);
+  } else {
 #pragma unroll
-  for (int i = 0; i < kFirstItems; ++i)
-    if (t + i >= low && t + i < high) row[t + i] = granule.v[i];
+    for (int i = 0; i < kFirstItems; ++i)
+      if (q + i >= low && q + i < high) at[i] = round_to<T>(v[i]);
+  }
 }
 
 // v[i] = v[i + count] for the lower half of v, 0 <= count < 2 * kStep: by the bits of `count`, so that v stays in registers.
@@ -305,7 +328,7 @@ __device__ __forceinline__ void move_down(float (&v)[kCount], int count) {
 // steps each, then the granules one round further. Granules begin on 16-byte boundaries of x; those that stick out of a row are read and
 // written element by element. Where y is aligned otherwise than x, outputs move between lanes to form aligned granules of y.
 template <class T, int kTaps>
-__global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 5) channel_first_kernel(const __grid_constant__ Launch l) {
+__global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 6) channel_first_kernel(const __grid_constant__ Launch l) {
   constexpr int kItems = kFirstItems, kPast = kTaps - 1;
   const Params& p = l.p;
   const int lanes = int(blockDim.x), lane = int(threadIdx.x);
@@ -316,40 +339,45 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 5) channel_f
     const bool active = slot < l.slots;
     const auto [row, chunk] = divide(active ? slot : 0, l.chunks);
     const auto [b, d] = divide(row, p.dim);
-    const int64_t seqlen = active ? p.seqlen : 0, first = chunk * l.chunk;
-    const T* const x = static_cast<const T*>(p.x) + at(p.x_stride, b, d, 0);
-    T* const y = static_cast<T*>(p.y) + at(p.y_stride, b, d, 0);
-    const int behind = behind_alignment(x);
-    const int shift = (behind - behind_alignment(y)) & (16 / int(sizeof(T)) - 1);  // y's granules begin so many steps after those of x
+    const T* const x_row = static_cast<const T*>(p.x) + at(p.x_stride, b, d, 0);
+    T* const y_row = static_cast<T*>(p.y) + at(p.y_stride, b, d, 0);
+    const int behind = behind_alignment(x_row);
+    const int shift = (behind - behind_alignment(y_row)) & (16 / int(sizeof(T)) - 1);  // y's granules begin so many steps after those of x
     const Filter<1, kTaps> filter(p, d);
 
-    int64_t t = (first + lane) * kItems - behind;  // first step of this thread's granule, may be negative
-    Pack<T, kItems> granule = load_granule(x, t, 0, seqlen), ahead{};
-    if (lanes < l.chunk) ahead = load_granule(x, t + lanes * kItems, 0, seqlen);
+    // From here on steps count from the first granule of the chunk, step `origin` of the row; [low, high) are those in row and chunk.
+    const int64_t origin = chunk * l.chunk * kItems - behind;
+    const int low = chunk == 0 ? behind : 0, high = active ? int(least(p.seqlen - origin, l.chunk * kItems)) : 0;
+    const int stride = lanes * kItems, rounds = lanes < kWarp ? 1 : (high + stride - 1) / stride;  // the same for all lanes of a warp
+    const bool has_past = p.initial_states && !p.cu_seqlens && active;
+
+    int q = lane * kItems;
+    const T* x = x_row + origin + q;
+    T* y = y_row + origin + q;
+    Granule<T> granule = load_granule(x, q, low, high), ahead = load_granule(x + stride, q + stride, low, high);
     float kept[kPast > 0 ? kPast : 1];  // last lane: the inputs before the round
 #pragma unroll
     for (int j = 0; j < kPast; ++j) {
-      const int64_t before = first * kItems - behind - kPast + j;
       kept[j] = 0.f;
       if (last_lane && active) {
-        if (before >= 0)
-          kept[j] = to_float(x[before]);
-        else if (!p.cu_seqlens)
-          kept[j] = before_start(p, b, d, -before);
+        if (chunk > 0)
+          kept[j] = to_float(x_row[origin + j - kPast]);
+        else if (has_past)
+          kept[j] = before_start(p, b, d, kPast - j + behind);
       }
     }
 
-    for (int64_t round = 0; round < l.chunk; round += lanes) {
+    for (int round = 0; round < rounds; ++round) {
       float window[kPast + kItems];
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) window[kPast + i] = to_float(granule.v[i]);
-      if (t < 0 && p.initial_states && !p.cu_seqlens && active) {
+      for (int i = 0; i < kItems; ++i) window[kPast + i] = granule[i];
+      if (q < low && has_past) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i)
-          if (t + i < 0) window[kPast + i] = before_start(p, b, d, -(t + i));
+          if (i < low) window[kPast + i] = before_start(p, b, d, low - i);
       }
       granule = ahead;
-      if (round + 2 * lanes < l.chunk) ahead = load_granule(x, t + 2 * lanes * kItems, 0, seqlen);
+      ahead = load_granule(x + 2 * stride, q + 2 * stride, low, high);
 #pragma unroll
       for (int j = 0; j < kPast; ++j) {
         const float mine = window[kItems + j];
@@ -367,7 +395,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 5) channel_f
         out[i] = p.silu ? silu(sum) : sum;
       }
       if (l.equal_alignment) {
-        store_granule(y, t, 0, seqlen, out);
+        store_granule(y, q, low, high, out);
       } else {
         float both[2 * kItems];
 #pragma unroll
@@ -375,21 +403,23 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 5) channel_f
           both[i] = out[i];
           both[kItems + i] = i + 1 < kItems ? __shfl_down_sync(0xffffffffu, out[i], 1, lanes) : 0.f;
         }
-        if (lane == 0) store_granule(y, t, 0, least(t + shift, seqlen), out);
+        if (lane == 0) store_granule(y, q, low, q + shift < high ? q + shift : high, out);
         move_down<kItems / 2>(both, shift);
 #pragma unroll
         for (int i = 0; i < kItems; ++i) out[i] = both[i];
-        store_granule(y, t + shift, 0, last_lane ? least(t + kItems, seqlen) : seqlen, out);
+        store_granule(y + shift, q + shift, low, last_lane && q + kItems < high ? q + kItems : high, out);
       }
-      if ((first + round + lanes) * kItems >= seqlen + behind) break;  // the same for all lanes of a warp: with fewer there is one round
-      t += lanes * kItems;
+      q += stride;
+      x += stride;
+      y += stride;
     }
+
     if (p.cu_seqlens || p.seq_idx) {
       __syncwarp();  // a neighbouring lane may have stored this granule
       Sequence sequence;
-      for (t = (first + lane) * kItems - behind; t < least((first + l.chunk) * kItems - behind, seqlen); t += lanes * kItems)
-        for_each_special(p, b, greatest(t, 0), least(t + kItems, seqlen), sequence,
-                         [&, b = b, d = d](int64_t s, const Sequence& sequence) { y[s] = round_to<T>(conv_at(p, b, d, s, sequence)); });
+      for (q = lane * kItems; q < high; q += stride)
+        for_each_special(p, b, origin + (q > low ? q : low), origin + (q + kItems < high ? q + kItems : high), sequence,
+                         [&, b = b, d = d](int64_t t, const Sequence& sequence) { y_row[t] = round_to<T>(conv_at(p, b, d, t, sequence)); });
     }
   });
 }
