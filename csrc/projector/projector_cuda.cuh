@@ -1,18 +1,19 @@
 // What the projector's GPU kernels share.
 #pragma once
 #include "common/cuda_dtype.cuh"
+#include "common/cuda_math.cuh"
 #include "projector/projector.h"
 
 namespace cobra {
 
 // x Phi(x), see kPhiTail: one exponential, one reciprocal, ten multiply-adds.
 __device__ __forceinline__ float gelu(float x) {
-  const float a = fabsf(x), t = __fdividef(1.f, fmaf(a, 0.3f, 1.f));
+  const float a = fabsf(x), t = reciprocal_fast(fmaf(a, 0.3f, 1.f));
   constexpr PhiTail polynomial = kPhiTail;
   float P = polynomial.power[0];
 #pragma unroll
   for (int i = 1; i < 8; ++i) P = fmaf(P, t, polynomial.power[i]);
-  const float tail = __expf(-0.5f * a * a) * (t * P);  // Phi(-a)
+  const float tail = exp2_fast(a * a * (-0.5f * kLog2e)) * (t * P);  // Phi(-a)
   return x * (x < 0.f ? tail : 1.f - tail);
 }
 
