@@ -12,10 +12,12 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+import cobra_kernels
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
 from benchmarks.shapes import PROJECTOR, ProjectorShape
 from cobra_kernels import ldp_projector, mlp_projector
+from cobra_kernels.ops.projector import cuda_kernel
 
 GRID, OUT_GRID = (27, 27), (14, 14)
 OUT_TOKENS = OUT_GRID[0] * OUT_GRID[1]
@@ -83,9 +85,24 @@ def cublaslt_mlp(features, weights, biases):
     return torch.addmm(biases[-1], h, weights[-1].t()).unflatten(0, features[0].shape[:-1])
 
 
+def by_product(call: Callable, product: str) -> Callable:
+    """The cuda backend with its products by one of its ways, where that one serves."""
+
+    def run(*inputs):
+        cuda_kernel.PRODUCT = product
+        try:
+            return call(*inputs, backend="cuda")
+        finally:
+            cuda_kernel.PRODUCT = None
+
+    return run
+
+
 def providers(op: str, call: Callable, peer: Callable, device: str = "cpu") -> list[Provider]:
+    products = ("warps", "kernel", "library") if device != "cpu" and cobra_kernels.backends()["cuda"] is None else ()
     return [
         *backend_providers(op, call, ("cpu", "reference"), device),
+        *(Provider(f"cuda, {product}", by_product(call, product)) for product in products),
         Provider("torch", peer),
         *([Provider("cublasLt epilogues", cublaslt_mlp)] if device != "cpu" and op == "mlp_projector" else []),
         Provider("torch.compile", torch.compile(peer, dynamic=False), slow_start=True),

@@ -130,7 +130,8 @@ STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) {
 }
 
 #if defined(COBRA_WITH_CUDA)
-Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias, bool gelu) {
+// `warps`: by the kernel of every GPU, even where the warpgroups' runs.
+Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias, bool gelu, bool warps) {
   const char* op = "projector_linear";
   STD_TORCH_CHECK(!x.empty() && x.size() <= size_t(kMaxSegments), op, ": x has ", x.size(), " segments, expected 1 to ", kMaxSegments);
   const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
@@ -172,7 +173,7 @@ Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const Opt
   Tensor y = torch::stable::new_empty(weight, sizes);
   p.y = y.mutable_data_ptr();
   const LinearDevice device = projector_linear_device_cuda();
-  p.warpgroups = device.warpgroups;
+  p.warpgroups = device.warpgroups && !warps;
   linear_plan(p, device.multiprocessors);
   Tensor workspace = torch::stable::new_empty(weight, {linear_workspace(p)}, ScalarType::Float);
   p.workspace = workspace.mutable_data_ptr();

@@ -293,7 +293,7 @@ def gpu_calls(monkeypatch):
     """The GPU's own ops in plain torch for CPU tensors; a list of the layers that our product kernel was asked for."""
     calls = []
 
-    def linear(x, weight, bias, gelu):
+    def linear(x, weight, bias, gelu, warps):
         assert cuda_kernel.kernel_serves(x, weight)
         calls.append([t.data_ptr() for t in x])
         h = F.linear(torch.cat(x, -1).float(), weight.float(), None if bias is None else bias.float())
@@ -335,6 +335,30 @@ def test_products_of_a_gpu(gpu_calls, monkeypatch, case, ldp, product):
     assert out.dtype == case.dtype and out.shape == expected.shape and out.is_contiguous()
     assert_rounded(out, expected, LIMIT[out.dtype], product, roundings(case, ldp))
     assert not (gpu_calls and product == "library")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("product", ["kernel", "warps", "library"])
+def test_products_on_a_gpu(monkeypatch, product):
+    """Every case, then sizes on both sides of the kernels' tiles, and the users'; twice the same bits from our kernels."""
+    monkeypatch.setattr(cuda_kernel, "PRODUCT", product)
+    sizes = [
+        *(Case(lead=(rows,), vision=(72, 40), widths=(cols, 24), dtype=d)
+          for rows, cols, d in ((1, 8, BF16), (127, 264, F16), (129, 256, BF16), (257, 136, BF16))),
+        *(Case(lead=(rows,), vision=(1024, 1152), widths=(512, 264), dtype=d) for rows, d in ((729, BF16), (64, F16))),
+        Case(lead=(3, 50), vision=(16, 8, 64, 24), widths=(40,), dtype=BF16, bias=False),
+    ]  # fmt: skip
+    users = Case(lead=(1, 729), vision=(1024, 1152), widths=(8704, 2560), dtype=BF16, out_grid=(14, 14))
+    for case, ldp in [*(p.values for p in ALL_CASES), *((c, False) for c in sizes), (users, False), (users, True)]:
+        if case.dtype == F64:
+            continue
+        tensors = [None if t is None else t.cuda() for t in make_inputs(case, ldp)]
+        out = run(case, tensors, "cuda", ldp)
+        expected = run(case, in_fp64(tensors), "reference", ldp)
+        assert_rounded(out, expected, LIMIT[out.dtype], f"{product}, ldp {ldp}, {case.id}", roundings(case, ldp))
+        if product != "library" and case.dtype != F32:
+            assert torch.equal(out, run(case, tensors, "cuda", ldp)) or not cuda_kernel.kernel_serves(tensors[: len(case.vision)], tensors[len(case.vision)])
 
 
 @NO_KERNELS

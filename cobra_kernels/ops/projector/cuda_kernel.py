@@ -20,10 +20,11 @@ MAX_SEGMENTS, MAX_DIMS = 4, 7  # of csrc/projector/projector.h and csrc/common/r
 # saves besides (GELU, bias, the features' copy, half-filled rounds of tiles) is most at few rows. An estimate until a record decides.
 LIBRARY_ROWS = {(10, 0): 1, (10, 3): 1}
 
-PRODUCT: str | None = None  # "kernel" or "library": which of the two, where both can serve. For the bench and the tests
+# Forces one, where it can serve: "kernel", "warps" (our kernel without the warpgroups' instructions) or "library". For bench and tests.
+PRODUCT: str | None = None
 
 
-def _linear_fake(x, weight, bias, gelu):
+def _linear_fake(x, weight, bias, gelu, warps):
     return weight.new_empty((*x[0].shape[:-1], weight.shape[0]))
 
 
@@ -35,7 +36,7 @@ def _pool_fake(hidden, bias, height, width, out_height, out_width, gelu, dtype):
     return hidden.new_empty((hidden.shape[0], out_height * out_width, hidden.shape[2]), dtype=dtype)
 
 
-define("projector_linear(Tensor[] x, Tensor weight, Tensor? bias, bool gelu) -> Tensor", _linear_fake)
+define("projector_linear(Tensor[] x, Tensor weight, Tensor? bias, bool gelu, bool warps) -> Tensor", _linear_fake)
 define("projector_bias_gelu(Tensor h, Tensor? bias, ScalarType dtype) -> Tensor", _bias_gelu_fake)
 define(
     "projector_pool(Tensor hidden, Tensor? bias, SymInt height, SymInt width, SymInt out_height, SymInt out_width, bool gelu, "
@@ -75,7 +76,7 @@ def kernel_serves(x: list[torch.Tensor], weight: torch.Tensor) -> bool:
 def _by_kernel(x: list[torch.Tensor], weight: torch.Tensor) -> bool:
     if PRODUCT == "library" or not kernel_serves(x, weight):
         return False
-    return PRODUCT == "kernel" or x[0].shape[:-1].numel() < LIBRARY_ROWS.get(_capability(weight.device), 1 << 62)
+    return PRODUCT in ("kernel", "warps") or x[0].shape[:-1].numel() < LIBRARY_ROWS.get(_capability(weight.device), 1 << 62)
 
 
 def _as(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -98,7 +99,7 @@ def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def _linear(x: list[torch.Tensor], weight, bias, gelu: bool) -> torch.Tensor:
     """act([x_1, .., x_K] @ weight.T + bias), (..., out), rounded once to the dtype of x."""
     if _by_kernel(x, weight):
-        return OPS.projector_linear.default(x, weight, bias, gelu)
+        return OPS.projector_linear.default(x, weight, bias, gelu, PRODUCT == "warps")
     dtype, lead, x = x[0].dtype, x[0].shape[:-1], _whole(x)
     if gelu:
         y = OPS.projector_bias_gelu.default(_sums(x, weight), bias, dtype)
@@ -121,7 +122,7 @@ def ldp_projector_fwd(features, weights, biases, peg_weight, peg_bias, grid, out
     features, dtype, batch = list(features), features[0].dtype, features[0].shape[0]
     (w1, w2), (b1, b2) = weights, biases
     if _by_kernel(features, w1):
-        h = OPS.projector_linear.default(features, w1, b1, True)
+        h = OPS.projector_linear.default(features, w1, b1, True, PRODUCT == "warps")
         pooled = OPS.projector_pool.default(h, None, *grid, *out_grid, False, dtype)
     else:
         h = _sums(_whole(features), w1).view(batch, grid[0] * grid[1], w1.shape[0])
