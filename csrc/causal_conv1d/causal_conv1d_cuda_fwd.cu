@@ -190,15 +190,17 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMambaTaps ? 4 : 3) channel
     const T* x = static_cast<const T*>(p.x) + at(p.x_stride, b, d, begin);
     T* y = static_cast<T*>(p.y) + at(p.y_stride, b, d, begin);
 
-    Row rows[kStepsAhead];  // under way
+    Words<T, kItems> rows[kStepsAhead] = {};  // under way
 #pragma unroll
-    for (int s = 0; s < kStepsAhead; ++s) rows[s] = s < steps ? load_pack<T, kItems>(x + s * p.x_stride.seqlen) : Row{};
+    for (int s = 0; s < kStepsAhead; ++s)
+      if (s < steps) rows[s] = load_words<T, kItems>(x + s * p.x_stride.seqlen);
     float window[kPast + kStepsAhead][kItems];  // inputs of steps t - kPast .. t + kStepsAhead - 1
 #pragma unroll
     for (int r = 0; r < kPast; ++r) {
-      const Row row = begin > 0 ? load_pack<T, kItems>(x + (r - kPast) * p.x_stride.seqlen) : Row{};
+      Words<T, kItems> row{};
+      if (begin > 0) row = load_words<T, kItems>(x + (r - kPast) * p.x_stride.seqlen);
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) window[r][i] = to_float(row.v[i]);
+      for (int i = 0; i < kItems; ++i) window[r][i] = row.value(i);
     }
     x += kStepsAhead * p.x_stride.seqlen;
     const Filter<kItems, kTaps> filter(p, d);
@@ -208,8 +210,8 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMambaTaps ? 4 : 3) channel
 #pragma unroll
       for (int s = 0; s < kStepsAhead; ++s) {
 #pragma unroll
-        for (int i = 0; i < kItems; ++i) window[kPast + s][i] = to_float(rows[s].v[i]);
-        if (t + s + kStepsAhead < steps) rows[s] = load_pack<T, kItems>(x);
+        for (int i = 0; i < kItems; ++i) window[kPast + s][i] = rows[s].value(i);
+        if (t + s + kStepsAhead < steps) rows[s] = load_words<T, kItems>(x);
         x += p.x_stride.seqlen;
         Row out;
 #pragma unroll
@@ -271,32 +273,20 @@ __device__ __forceinline__ int behind_alignment(const T* p) {
   return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % (16 / sizeof(T)));
 }
 
-// 8 steps as 32-bit words, which is how they are loaded.
 template <class T>
-struct Granule {
-  unsigned words[kFirstItems * sizeof(T) / 4];
-
-  __device__ __forceinline__ float operator[](int i) const {
-    constexpr int kPerWord = 4 / int(sizeof(T));
-    return value_of_word<T>(words[i / kPerWord], i % kPerWord * int(sizeof(T)));
-  }
-};
+using Granule = Words<T, kFirstItems>;
 
 // Steps q .. q + 7; `at` points at step q and is 16-byte aligned. Only those of [low, high) are read, the others are 0, or written.
 template <class T>
 __device__ __forceinline__ Granule<T> load_granule(const T* at, int q, int low, int high) {
+  if (q >= low && q + kFirstItems <= high) return load_words<T, kFirstItems>(at);
   Granule<T> granule{};
-  if (q >= low && q + kFirstItems <= high) {
-    const auto pack = load_pack<T, kFirstItems>(at);
-    memcpy(&granule, &pack, sizeof granule);
-  } else if (q < high) {
+  if (q < high) {
 #pragma unroll
     for (int i = 0; i < kFirstItems; ++i)
       if (q + i >= low && q + i < high) {
-        if constexpr (sizeof(T) == 4)
-          granule.words[i] = reinterpret_cast<const unsigned*>(at)[i];
-        else
-          granule.words[i / 2] |= unsigned(reinterpret_cast<const unsigned short*>(at)[i]) << (i % 2 * 16);
+        using Bits = std::conditional_t<sizeof(T) == 4, unsigned, unsigned short>;
+        granule.set(i, reinterpret_cast<const Bits*>(at)[i]);
       }
   }
   return granule;
@@ -370,7 +360,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 6) channel_f
     for (int round = 0; round < rounds; ++round) {
       float window[kPast + kItems];
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) window[kPast + i] = granule[i];
+      for (int i = 0; i < kItems; ++i) window[kPast + i] = granule.value(i);
       if (q < low && has_past) {
 #pragma unroll
         for (int i = 0; i < kItems; ++i)

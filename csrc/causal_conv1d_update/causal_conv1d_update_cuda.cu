@@ -32,29 +32,6 @@ constexpr int kItems = kColumns == 4 ? 4 / int(sizeof(T)) : 16 / int(sizeof(T));
 template <int kColumns>
 constexpr int kRows = kColumns == 4 ? 4 : 2;
 
-// kCount neighbours of x or y: 4 or 16 bytes.
-template <class T, int kCount>
-__device__ __forceinline__ Pack<T, kCount> load_neighbours(const T* p) {
-  if constexpr (sizeof(T) * kCount == 4) {
-    Pack<T, kCount> pack;
-    const unsigned word = *reinterpret_cast<const unsigned*>(p);
-    memcpy(&pack, &word, sizeof word);
-    return pack;
-  } else {
-    return load_pack<T, kCount>(p);
-  }
-}
-template <class T, int kCount>
-__device__ __forceinline__ void store_neighbours(T* p, const Pack<T, kCount>& pack) {
-  if constexpr (sizeof(T) * kCount == 4) {
-    unsigned word;
-    memcpy(&word, &pack, sizeof word);
-    *reinterpret_cast<unsigned*>(p) = word;
-  } else {
-    store_pack<T, kCount>(p, pack);
-  }
-}
-
 template <class T, int kColumns>
 __global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3) decode_kernel(const __grid_constant__ Launch l) {
   constexpr int kChannels = kItems<T, kColumns>, kBatch = kRows<kColumns>, kPast = kMambaTaps - 1;
@@ -65,38 +42,44 @@ __global__ void __launch_bounds__(kThreads, kColumns == 4 ? 4 : 3) decode_kernel
     if (d >= p.dim) continue;
 
     int64_t row[kBatch];  // of the pool; negative: padding
-    Pack<T, kChannels> x[kBatch];
-    Pack<T, kChannels * kColumns> state[kBatch];
+    Words<T, kChannels> x[kBatch];
+    Words<T, kChannels * kColumns> state[kBatch];
+    if (p.indices) {
 #pragma unroll
-    for (int r = 0; r < kBatch; ++r) row[r] = first + r < p.batch ? pool_row(p, first + r) : -1;
+      for (int r = 0; r < kBatch; ++r) row[r] = pool_row(p, least(first + r, p.batch - 1));  // no branch between the loads
+    }
+#pragma unroll
+    for (int r = 0; r < kBatch; ++r) row[r] = first + r >= p.batch ? -1 : p.indices ? row[r] : first + r;
 #pragma unroll
     for (int r = 0; r < kBatch; ++r) {
       x[r] = {};
       state[r] = {};
       if (row[r] >= 0) {
-        x[r] = load_neighbours<T, kChannels>(static_cast<const T*>(p.x) + (first + r) * p.x_stride.batch + d);
-        state[r] = load_pack<T, kChannels * kColumns>(static_cast<const T*>(p.state) + row[r] * p.state_stride.batch + d * kColumns);
+        x[r] = load_words<T, kChannels>(static_cast<const T*>(p.x) + (first + r) * p.x_stride.batch + d);
+        state[r] = load_words<T, kChannels * kColumns>(static_cast<const T*>(p.state) + row[r] * p.state_stride.batch + d * kColumns);
       }
     }
     const Filter<kChannels, kMambaTaps> filter(p, d);
 
 #pragma unroll
     for (int r = 0; r < kBatch; ++r) {
-      Pack<T, kChannels> y{};
+      float y[kChannels];
+      Words<T, kChannels> y_words;
+      Words<T, kChannels * kColumns> shifted{};
 #pragma unroll
       for (int i = 0; i < kChannels; ++i) {
-        T* const columns = state[r].v + i * kColumns;  // oldest first
         float sum = filter.bias[i];
 #pragma unroll
-        for (int w = 0; w < kPast; ++w) sum = fmaf(filter.weight[i][w], to_float(columns[kColumns - kPast + w]), sum);
-        sum = fmaf(filter.weight[i][kPast], to_float(x[r].v[i]), sum);
-        if (row[r] >= 0) y.v[i] = round_to<T>(p.silu ? silu(sum) : sum);
+        for (int w = 0; w < kPast; ++w) sum = fmaf(filter.weight[i][w], state[r].value(i * kColumns + kColumns - kPast + w), sum);
+        sum = fmaf(filter.weight[i][kPast], x[r].value(i), sum);
+        y[i] = row[r] < 0 ? 0.f : p.silu ? silu(sum) : sum;
 #pragma unroll
-        for (int j = 0; j + 1 < kColumns; ++j) columns[j] = columns[j + 1];
-        columns[kColumns - 1] = x[r].v[i];
+        for (int j = 0; j < kColumns; ++j) shifted.set(i * kColumns + j, j + 1 < kColumns ? state[r].bits(i * kColumns + j + 1) : x[r].bits(i));
       }
-      if (first + r < p.batch) store_neighbours<T, kChannels>(static_cast<T*>(p.y) + (first + r) * p.y_stride.batch + d, y);
-      if (row[r] >= 0) store_pack<T, kChannels * kColumns>(static_cast<T*>(p.state) + row[r] * p.state_stride.batch + d * kColumns, state[r]);
+#pragma unroll
+      for (int k = 0; k < kChannels / y_words.kPerWord; ++k) y_words.words[k] = word_of<T>(y + k * y_words.kPerWord);
+      if (first + r < p.batch) store_words<T, kChannels>(static_cast<T*>(p.y) + (first + r) * p.y_stride.batch + d, y_words);
+      if (row[r] >= 0) store_words<T, kChannels * kColumns>(static_cast<T*>(p.state) + row[r] * p.state_stride.batch + d * kColumns, shifted);
     }
   }
 }

@@ -38,6 +38,41 @@ __device__ __forceinline__ Divided divide(int64_t n, int64_t d) {
   return result;
 }
 
+// kCount neighbours as the 32-bit words that they were loaded as. Split into elements at once, each load would wait for the one before.
+template <class T, int kCount>
+struct Words {
+  static constexpr int kPerWord = 4 / int(sizeof(T));
+  unsigned words[kCount / kPerWord];
+
+  __device__ __forceinline__ float value(int i) const { return value_of_word<T>(words[i / kPerWord], i % kPerWord * int(sizeof(T))); }
+  __device__ __forceinline__ unsigned bits(int i) const {
+    return kPerWord == 1 ? words[i] : words[i / kPerWord] >> i % kPerWord * 16 & 0xffffu;
+  }
+  // Of words that are 0 before.
+  __device__ __forceinline__ void set(int i, unsigned bits) { words[i / kPerWord] |= bits << i % kPerWord * 16; }
+};
+template <class T, int kCount>
+__device__ __forceinline__ Words<T, kCount> load_words(const T* p) {
+  Words<T, kCount> result;
+  if constexpr (sizeof result == 4) {
+    result.words[0] = *reinterpret_cast<const unsigned*>(p);
+  } else {
+    const auto pack = load_pack<T, kCount>(p);
+    memcpy(&result, &pack, sizeof result);
+  }
+  return result;
+}
+template <class T, int kCount>
+__device__ __forceinline__ void store_words(T* p, const Words<T, kCount>& words) {
+  if constexpr (sizeof words == 4) {
+    *reinterpret_cast<unsigned*>(p) = words.words[0];
+  } else {
+    Pack<T, kCount> pack;
+    memcpy(&pack, &words, sizeof words);
+    store_pack<T, kCount>(p, pack);
+  }
+}
+
 // Kernels for kTaps == kMambaTaps want as many taps, side by side in memory; those for kMaxTaps serve every width up to that.
 constexpr int kMambaTaps = 4;
 template <class Params>
@@ -54,13 +89,14 @@ struct Filter {
 
   template <class Params>
   __device__ __forceinline__ Filter(const Params& p, int64_t d) : first(kTaps - int(p.width)) {
-    with_float_type(p.weight_dtype, [&](auto t) { load_weight(p, static_cast<const decltype(t)*>(p.weight) + d * p.weight_dim_stride); });
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) bias[i] = 0.f;
+    unsigned bits[kItems] = {};
     if (p.bias) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) bias[i] = load_value(p.bias, p.bias_dtype, (d + i) * p.bias_stride);
+      for (int i = 0; i < kItems; ++i) bits[i] = load_bits(p.bias, p.bias_dtype, (d + i) * p.bias_stride);
     }
+    with_float_type(p.weight_dtype, [&](auto t) { load_weight(p, static_cast<const decltype(t)*>(p.weight) + d * p.weight_dim_stride); });
+#pragma unroll
+    for (int i = 0; i < kItems; ++i) bias[i] = float_of(bits[i], p.bias_dtype);
   }
 
   __device__ __forceinline__ bool has(int tap) const { return kTaps == kMambaTaps || tap >= first; }
