@@ -440,7 +440,7 @@ bool mma_serves(const SelectiveScanFwdParams& p) {
 int64_t mma_line_workers(const SelectiveScanFwdParams& p) {
   if (p.multiprocessors == 0 || !fits_line(p) || p.seqlen < 256) return 0;  // a short chain is not worth a hand-over
   const int64_t chains = chain_count(p), alone = p.multiprocessors, pairs = 2 * alone;
-  // A multiprocessor with two blocks gives each of them 0.62 of what one has alone (README.md): with less than 1.6 chains for each, sharing
+  // A multiprocessor with two blocks gives each of them 0.6 of what one has alone (README.md): with less than 1.6 chains for each, sharing
   // them as evenly as one worker can beats two chains for some. With more than two, it beats a last wave that is mostly empty.
   if (chains > alone && 5 * chains < 8 * alone) return alone;
   const int64_t waves = (chains + pairs - 1) / pairs;
