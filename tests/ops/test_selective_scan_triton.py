@@ -79,8 +79,19 @@ def interpreted() -> None:
     from cobra_kernels.ops.selective_scan import triton_kernel
 
     names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
-    out, last = triton_kernel.selective_scan_fwd(*(wild[n] for n in names), True, wild["initial_state"], torch.tensor([-5, 9, 10**12]))
+    out, last = triton_kernel.selective_scan_fwd(
+        *(wild[n] for n in names), True, wild["initial_state"], torch.tensor([-5, 0, 9, 0, 10**12])[::2]
+    )
     print(json.dumps({"wild bounds": {"not finite": [int((~out.isfinite()).sum() + (~last.isfinite()).sum()), 0]}}))
+
+    # A program writes its own sequence and nothing else: the first of three runs alone, on outputs that are NaN before.
+    kernel = triton_kernel._scan_kernel
+    triton_kernel._scan_kernel = {(3,): kernel[1,]}
+    torch.use_deterministic_algorithms(True)
+    out = triton_kernel.selective_scan_fwd(*(tensors[n] for n in names), True, tensors["initial_state"], torch.tensor([0, 3, 9, 12]))[0]
+    torch.use_deterministic_algorithms(False)
+    triton_kernel._scan_kernel = kernel
+    print(json.dumps({"one program": {"written": [int(out[..., 3:].isfinite().sum() + out[..., :3].isnan().sum()), 0]}}))
 
     # Steps 2^30 + 7 elements apart, on a sparse file: the third lies beyond what 32 bits count.
     case = SMALL._replace(dim=2, seqlen=3, dtype=BF16)
@@ -127,7 +138,9 @@ def errors():
     return results
 
 
-@pytest.mark.parametrize("case", [*(case.id for case in CASES), "packed", "wild bounds", "far steps", "infinite decay", "gradients"])
+@pytest.mark.parametrize(
+    "case", [*(case.id for case in CASES), "packed", "wild bounds", "one program", "far steps", "infinite decay", "gradients"]
+)
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"

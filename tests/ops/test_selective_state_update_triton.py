@@ -60,6 +60,15 @@ def interpreted() -> None:
     tensors = make_inputs(Case(batch=2, dim=5, indices=torch.int64)) | {"state_batch_indices": torch.tensor([-1, -7])}
     tensors["state"] = tensors["state"][:0]
     print(json.dumps({"padding": {"out": [run(tensors, "triton")[0].abs().max().item(), 0.0]}}))
+    # An index beyond the pool that no check stopped: clamped to its last row. A strided view of the indices.
+    from cobra_kernels.ops.selective_state_update import triton_kernel
+
+    tensors = make_inputs(Case(batch=2, dim=5, indices=torch.int64))
+    state, _ = tensors.pop("state"), tensors.pop("state_batch_indices")
+    clamped = triton_kernel.selective_state_update(state.clone(), *tensors.values(), torch.tensor([10**9, 0, 1])[::2])
+    expected = triton_kernel.selective_state_update(state.clone(), *tensors.values(), torch.tensor([state.shape[0] - 1, 1]))
+    print(json.dumps({"wild indices": {"different bits": [int((clamped != expected).sum()), 0]}}))
+
     # Rows of the pool 2^31 + 7 elements apart, on a sparse file: an offset of 32 bits would write elsewhere.
     tensors, apart = make_inputs(Case(batch=2, dim=5, dstate=4, dtype=BF16)), 2**31 + 7
     out, state = run(tensors, "triton")
@@ -93,7 +102,7 @@ def errors():
     return results
 
 
-@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "far rows", "softplus"])
+@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "wild indices", "far rows", "softplus"])
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"
