@@ -27,7 +27,7 @@ class Case(NamedTuple):
     softplus: bool = True
     initial: str = "fp32"  # dtype; empty: none
     weight_dtype: str = "fp32"
-    gap: int = 0  # elements between rows
+    gap: int = 0  # elements between rows of the first tensor; twice as many in the next, so no two have the same strides
     packed: tuple[int, ...] | None = None
     index: str = "i4"
     forget: bool = False  # some A are -inf: those states are their last step's alone
@@ -47,7 +47,7 @@ CASES = [
     Case(D=False, z=False, delta_bias=False, softplus=False, initial=""),
     *(Case(initial=dtype, weight_dtype=dtype) for dtype in ("bf16", "fp16")),
     Case(initial=""),
-    Case(gap=8),
+    *(Case(gap=8, batch=b) for b in (1, 2)),
     Case(forget=True),
     *(Case(batch=1, packed=p, index=i) for p in ((0, 0, 1, 3, 3, 36, 68), (0, 70), (0, 32, 64), (0,)) for i in ("i4", "i8")),
 ]  # fmt: skip
@@ -73,8 +73,10 @@ def inputs_of(case: Case, seed: int = 0, log_dt: tuple[float, float] | None = No
     def weight(shape, dtype, scale=1.0, offset=0.0):
         return Tensor(shape, dtype, "contiguous", rng.standard_normal(shape) * scale + offset).array
 
+    gaps = iter(range(case.gap, 6 * case.gap + 1, case.gap or 1))
+
     def sequence(shape, scale=1.0, offset=0.0):
-        return channel_last(rng.standard_normal(shape) * scale + offset, case.gap)[1]
+        return channel_last(rng.standard_normal(shape) * scale + offset, next(gaps, 0))[1]
 
     projected = (case.batch, DSTATE, case.seqlen)
     A = weight((case.dim, DSTATE), case.weight_dtype, 0.3, -1.0)
@@ -94,11 +96,11 @@ def inputs_of(case: Case, seed: int = 0, log_dt: tuple[float, float] | None = No
     }  # fmt: skip
 
 
-def scan(host, inputs: dict, workers: int = 0) -> tuple[Tensor, Tensor]:
+def scan(host, inputs: dict, workers: int = 0, out_layout: str = "contiguous") -> tuple[Tensor, Tensor]:
     """(out, last_state), out as (batch, seqlen, dim); `workers` share the chains of 32 channels on the line."""
     batch, dim, seqlen = inputs["u"].shape
     rows = batch if inputs["cu_seqlens"] is None else len(inputs["cu_seqlens"]) - 1
-    out, last = Tensor((batch, seqlen, dim), "bf16"), Tensor((rows, dim, DSTATE), "fp32")
+    out, last = Tensor((batch, seqlen, dim), "bf16", out_layout), Tensor((rows, dim, DSTATE), "fp32")
     line = np.zeros(host.selective_scan_line_words(workers), np.uint32)
     host.selective_scan("cuda_mma", *inputs.values(), out.array.transpose(0, 2, 1), last.array, 132, workers, line)
     assert not line.any(), f"{workers} workers left their workspace {line.nonzero()[0].tolist()} not zero"
@@ -129,7 +131,7 @@ def check(host, case: Case) -> None:
     """One case against fp64: outputs written whole, nothing else touched."""
     inputs = inputs_of(case)
     before = {name: v.copy() for name, v in inputs.items() if isinstance(v, np.ndarray)}
-    out, last = scan(host, inputs)
+    out, last = scan(host, inputs, out_layout="padded" if case.gap else "contiguous")
     expected, expected_last = expected_of(inputs)
     check_close(out, expected, harness.OUTPUT["bf16"], "out")
     check_close(last, expected_last, harness.OUTPUT["fp32"], "last_state")
