@@ -66,8 +66,12 @@ struct WarpgroupProducts {
     for (int i = 0; i < 32; ++i) a[i / 16][i % 16] = product.a.template at<T>(row + i / 16 * 8, i % 16);
     for (int col = 0; col < 64; ++col) {
       for (int k = 0; k < 16; ++k) b[k] = product.b.template at<T>(col / 2 * 8 + threadIdx.x % 4 * 2 + col % 2, k);
-      for (int i = 0; i < 2; ++i)
-        for (int k = 0; k < 16; ++k) product.d[col / 2 * 4 + i * 2 + col % 2] += a[i][k] * b[k];
+      for (int i = 0; i < 2; ++i) {
+        float& d = product.d[col / 2 * 4 + i * 2 + col % 2];
+        double sum = d;
+        for (int k = 0; k < 16; ++k) sum += double(a[i][k]) * b[k];
+        d = float(sum);
+      }
     }
   }
   void add(float (&d)[128], SharedMatrix a, SharedMatrix b) {

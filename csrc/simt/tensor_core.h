@@ -50,9 +50,9 @@ SIMT_RUNTIME inline void exchange_mma_half(Thread* lanes, unsigned) {
     float* const d = static_cast<float*>(lanes[lane].out);
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-      float sum = r.c[i];
-      for (int k = 0; k < 16; ++k) sum += A[row][k] * B[k][column];
-      d[i] = sum;
+      double sum = r.c[i];
+      for (int k = 0; k < 16; ++k) sum += double(A[row][k]) * B[k][column];
+      d[i] = float(sum);
     }
   }
 }
