@@ -22,7 +22,8 @@ constexpr int kStepsAhead = 3;   // channel_last: rows of x under way while the 
 constexpr int kMinChunk = 9, kMaxChunk = 36;  // channel_last: steps per thread, a multiple of kStepsAhead
 static_assert(kMinChunk >= kMaxTaps - 1);     // all of a window lies before a chunk that is not the first
 constexpr int kFirstItems = 8;   // channel_first: steps per thread
-constexpr int kFirstRounds = 8;  // channel_first: warps' worth of steps per unit
+constexpr int kFirstLanes = 16;  // channel_first: lanes per row, so that the cost of beginning one is shared by two
+constexpr int kFirstRounds = 16; // channel_first: granules per lane
 constexpr int kAnyItems = 8;
 
 struct Launch {
@@ -314,7 +315,7 @@ __device__ __forceinline__ void move_down(float (&v)[kCount], int count) {
   if constexpr (kStep > 1) move_down<kStep / 2>(v, count);
 }
 
-// A block owns blockDim.y rows' chunks of time (slots); the blockDim.x lanes of one (a power of two, at most a warp) take a granule of 8
+// A block owns blockDim.y rows' chunks of time (slots); the blockDim.x lanes of one (a power of two, at most 16) take a granule of 8
 // steps each, then the granules one round further. Granules begin on 16-byte boundaries of x; those that stick out of a row are read and
 // written element by element. Where y is aligned otherwise than x, outputs move between lanes to form aligned granules of y.
 template <class T, int kTaps>
@@ -338,7 +339,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 6) channel_f
     // From here on steps count from the first granule of the chunk, step `origin` of the row; [low, high) are those in row and chunk.
     const int64_t origin = chunk * l.chunk * kItems - behind;
     const int low = chunk == 0 ? behind : 0, high = active ? int(least(p.seqlen - origin, l.chunk * kItems)) : 0;
-    const int stride = lanes * kItems, rounds = lanes < kWarp ? 1 : (high + stride - 1) / stride;  // the same for all lanes of a warp
+    const int stride = lanes * kItems;
     const bool has_past = p.initial_states && !p.cu_seqlens && active;
 
     int q = lane * kItems;
@@ -357,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 4 : 6) channel_f
       }
     }
 
-    for (int round = 0; round < rounds; ++round) {
+    for (int round = 0; __any_sync(0xffffffffu, round < high); round += stride) {  // until every row of the warp is done
       float window[kPast + kItems];
 #pragma unroll
       for (int i = 0; i < kItems; ++i) window[kPast + i] = granule.value(i);
@@ -482,7 +483,7 @@ int start_channel_first(Launch& l, void* stream) {
   const int64_t behind = rows_are_aligned(p.x, p, p.x_stride.batch, p.x_stride.dim, p.dim, 16) ? 0 : 16 / int64_t(sizeof(T)) - 1;
   const int64_t granules = ceil_div(p.seqlen + behind, kFirstItems);
   unsigned lanes = 1;
-  while (lanes < kWarp && lanes < granules) lanes *= 2;
+  while (lanes < kFirstLanes && lanes < granules) lanes *= 2;
   l.chunk = least(ceil_div(granules, lanes), kFirstRounds) * lanes;
   l.chunks = ceil_div(granules, l.chunk);
   l.slots = p.batch * p.dim * l.chunks;
