@@ -119,30 +119,68 @@ __device__ __forceinline__ void to_floats(float (&v)[kCount], const uint32_t (&r
   }
 }
 
+// 16-bit neighbours at any address, in the two aligned blocks of kCount that hold them, and later their words.
+template <int kCount>
+__device__ __forceinline__ void load_shifted(uint32_t (&raw)[kCount], const char* at) {
+  uint32_t block[2][kCount / 2];
+  const char* const aligned = at - reinterpret_cast<uintptr_t>(at) % (2 * kCount);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const Pack<uint16_t, kCount> pack = load_pack<uint16_t, kCount>(reinterpret_cast<const uint16_t*>(aligned) + i * kCount);
+    memcpy(block[i], &pack, sizeof(pack));
+  }
+  memcpy(raw, block, sizeof(raw));
+}
+template <int kCount>
+__device__ __forceinline__ void shift_words(uint32_t (&words)[kCount], const uint32_t (&raw)[kCount], const char* at) {
+  const int first = int(reinterpret_cast<uintptr_t>(at) % (2 * kCount)) / 2;  // element of the first block
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) words[i] = raw[i];
+#pragma unroll
+  for (int words_off = kCount / 4; words_off > 0; words_off /= 2)
+#pragma unroll
+    for (int i = 0; i + words_off < kCount; ++i)
+      if (first / 2 & words_off) words[i] = words[i + words_off];
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i)
+    if (first & 1) words[i] = words[i] >> 16 | words[i + 1] << 16;
+}
+
 // --- u, delta, z, out --------------------------------------------------------------------------------------------------
+
+// How a channel's steps are read. Packed: side by side, tiles aligned, for every lane of the warp. Shifted: 16-bit, side by side.
+enum class Access { kScattered, kPacked, kShifted };
 
 // A lane's kOwn steps of the tile that its pointers stand at; `exist` of them are inside the sequence.
 template <int kTile, int kOwn>
 struct Own {
   int exist;
-  bool whole;  // the tile is inside the sequence
+  bool whole;     // the tile is inside the sequence
+  bool followed;  // and so are kOwn steps beyond
 
-  __device__ __forceinline__ Own(int64_t left, int part) : exist(left >= kTile ? kOwn : int(left) - part * kOwn), whole(left >= kTile) {}
+  __device__ __forceinline__ Own(int64_t left, int part)
+      : exist(left >= kTile ? kOwn : int(left) - part * kOwn), whole(left >= kTile), followed(left >= kTile + kOwn) {}
 
-  // `packed`: steps lie side by side, tiles are aligned, for every lane of the warp.
-  __device__ __forceinline__ void load(uint32_t (&raw)[kOwn], const char* at, int64_t step, DType dtype, bool packed) const {
+  __device__ __forceinline__ void load(uint32_t (&raw)[kOwn], const char* at, int64_t step, DType dtype, Access access) const {
     const bool wide = dtype == DType::kFloat32;
-    if (whole && packed) return load_packed(raw, at, wide);
+    if (whole && access == Access::kPacked) return load_packed(raw, at, wide);
+    if (followed && access == Access::kShifted) return load_shifted(raw, at);
     const int count = exist < 1 ? 1 : exist;  // of none, the sequence's last step
     load_scattered(raw, at + (exist - count) * step, step, wide, count);
   }
-  __device__ __forceinline__ void convert(float (&v)[kOwn], const uint32_t (&raw)[kOwn], DType dtype, bool packed) const {
-    to_floats(v, raw, dtype, whole && packed);
+  // `at` may have moved on by whole tiles.
+  __device__ __forceinline__ void convert(float (&v)[kOwn], const uint32_t (&raw)[kOwn], const char* at, DType dtype, Access access) const {
+    if (followed && access == Access::kShifted) {
+      uint32_t words[kOwn];
+      shift_words(words, raw, at);
+      return to_floats(v, words, dtype, true);
+    }
+    to_floats(v, raw, dtype, whole && access == Access::kPacked);
   }
-  __device__ __forceinline__ void store(const float (&v)[kOwn], char* at, int64_t step, DType dtype, bool packed) const {
+  __device__ __forceinline__ void store(const float (&v)[kOwn], char* at, int64_t step, DType dtype, Access access) const {
     with_float_type(dtype, [&](auto t) {
       using T = decltype(t);
-      if (whole && packed) {
+      if (whole && access == Access::kPacked) {
         Pack<T, kOwn> pack;
 #pragma unroll
         for (int j = 0; j < kOwn; ++j) pack.v[j] = round_to<T>(v[j]);
@@ -161,8 +199,9 @@ struct Own {
 __device__ __forceinline__ char* first_step(const StepsLayout& s, const Sequence& sequence, int64_t channel, int part) {
   return s.base + sequence.batch * s.batch + channel * s.dim + (sequence.begin + part) * s.step;
 }
-__device__ __forceinline__ bool steps_packed(const StepsLayout& s, const char* sequence_begin) {
-  return s.step == (s.dtype == DType::kFloat32 ? 4 : 2) && __all_sync(kAllLanes, reinterpret_cast<uintptr_t>(sequence_begin) % 16 == 0);
+__device__ __forceinline__ Access access_of(const StepsLayout& s, const char* sequence_begin) {
+  const bool packed = s.step == (s.dtype == DType::kFloat32 ? 4 : 2) && __all_sync(kAllLanes, reinterpret_cast<uintptr_t>(sequence_begin) % 16 == 0);
+  return packed ? Access::kPacked : Access::kScattered;
 }
 
 // --- B and C -----------------------------------------------------------------------------------------------------------
@@ -226,16 +265,22 @@ struct Projection {
 
 // Any call.
 struct AnyCall {
-  static constexpr bool kKnown = false, kStepsPacked = false;
+  static constexpr bool kKnown = false;
+  static constexpr Access kAccess = Access::kScattered;
   static constexpr Form kForm = Form::kScattered;
   __device__ __forceinline__ static DType dtype(DType given) { return given; }
 };
-// u, delta, z, B, C of one dtype, 16 states, variable B and C. Channel-first: steps side by side in all of them; otherwise the states
-// of B and C are side by side and the channels of u, delta and z should be.
-template <DType type, bool channel_first>
+// u, delta, z, B, C of one dtype, 16 states, variable B and C, and their layout:
+enum class Layout {
+  kChannelLast,   // channels side by side in u, delta, z; states in B and C, aligned
+  kChannelFirst,  // steps side by side in all of them, aligned
+  kShifted,       // steps side by side in u, delta, z, 16-bit, at any address: odd lengths, packed sequences
+};
+template <DType type, Layout layout>
 struct KnownCall {
-  static constexpr bool kKnown = true, kStepsPacked = channel_first;
-  static constexpr Form kForm = channel_first ? Form::kStepsPacked : Form::kStatesPacked;
+  static constexpr bool kKnown = true;
+  static constexpr Access kAccess = layout == Layout::kChannelFirst ? Access::kPacked : layout == Layout::kShifted ? Access::kShifted : Access::kScattered;
+  static constexpr Form kForm = layout == Layout::kChannelFirst ? Form::kStepsPacked : layout == Layout::kShifted ? Form::kScattered : Form::kStatesPacked;
   __device__ __forceinline__ static DType dtype(DType) { return type; }
 };
 
@@ -336,16 +381,16 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
   const int64_t stop = item.sends ? left - (item.end - item.begin) * kTile : 0;  // steps left at the end of this item
 
   char* out_at = first_step(launch.out, sequence, channel, part * kOwn);
-  const auto packed = [&](const StepsLayout& s, const char* at) {
+  const auto access = [&](const StepsLayout& s, const char* at) {
     if constexpr (Call::kKnown)
-      return Call::kStepsPacked;
+      return Call::kAccess;
     else
-      return steps_packed(s, at - part * kOwn * s.step);
+      return access_of(s, at - part * kOwn * s.step);
   };
-  const bool out_packed = packed(launch.out, out_at);
+  const Access out_access = access(launch.out, out_at);
   if (p.cu_seqlens && row == p.num_seqs) {  // padding
     const float zeros[kOwn] = {};
-    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step) Own<kTile, kOwn>(left, part).store(zeros, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_packed);
+    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step) Own<kTile, kOwn>(left, part).store(zeros, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_access);
     return;
   }
   const LaneStates<kLanes> states{row, channel, part * kStates, last_state_of(p, row, channel) + part * kStates, active};
@@ -353,7 +398,6 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
   const int64_t dstate = Call::kKnown ? kChunk : p.dstate;
   float h[kStates], rate[kStates];
   const auto start = [&] {
-    if (chunked && item.receives) return;  // they wait in last_state
     for (int64_t chunk = 0; chunk < dstate; chunk += kChunk) {
       states.load(p, h, rate, chunk, !item.receives);
       if (chunked || left == 0) states.store(p, h, chunk);
@@ -363,7 +407,7 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
 
   const char *delta_at = first_step(launch.delta, sequence, channel, part * kOwn), *u_at = first_step(launch.u, sequence, channel, part * kOwn),
              *z_at = first_step(launch.z, sequence, channel, part * kOwn);
-  const bool delta_packed = packed(launch.delta, delta_at), u_packed = packed(launch.u, u_at), z_packed = packed(launch.z, z_at);
+  const Access delta_access = access(launch.delta, delta_at), u_access = access(launch.u, u_at), z_access = access(launch.z, z_at);
   Projection<kTile> B(launch.B, sequence, channel), C(launch.C, sequence, channel);
   const Form form_B = Call::kKnown ? Call::kForm : B.form(launch.B), form_C = Call::kKnown ? Call::kForm : C.form(launch.C);
   const DType B_dtype = Call::dtype(launch.B.dtype), C_dtype = Call::dtype(launch.C.dtype);
@@ -377,8 +421,8 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
   uint32_t raw_delta[kOwn], raw_u[kOwn], raw_z[kOwn], raw_B[Projection<kTile>::kEach], raw_C[Projection<kTile>::kEach];
   {
     const Own<kTile, kOwn> own(left, part);
-    own.load(raw_delta, delta_at, launch.delta.step, Call::dtype(launch.delta.dtype), delta_packed);
-    own.load(raw_u, u_at, launch.u.step, Call::dtype(launch.u.dtype), u_packed);
+    own.load(raw_delta, delta_at, launch.delta.step, Call::dtype(launch.delta.dtype), delta_access);
+    own.load(raw_u, u_at, launch.u.step, Call::dtype(launch.u.dtype), u_access);
     if (!B_constant) B.load(raw_B, B.at, launch.B, B_dtype, form_B, left, dstate, lane);
     if (!C_constant) C.load(raw_C, C.at, launch.C, C_dtype, form_C, left, dstate, lane);
   }
@@ -390,12 +434,12 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
     const Own<kTile, kOwn> own(left, part);
     const bool last = left - kTile <= stop;
     float dt[kOwn], du[kOwn], y[kOwn];
-    own.convert(dt, raw_delta, Call::dtype(launch.delta.dtype), delta_packed);
-    own.convert(du, raw_u, Call::dtype(launch.u.dtype), u_packed);
+    own.convert(dt, raw_delta, delta_at, Call::dtype(launch.delta.dtype), delta_access);
+    own.convert(du, raw_u, u_at, Call::dtype(launch.u.dtype), u_access);
     if (!last) {
       const Own<kTile, kOwn> next(left - kTile, part);
-      next.load(raw_delta, delta_at += kTile * launch.delta.step, launch.delta.step, Call::dtype(launch.delta.dtype), delta_packed);
-      next.load(raw_u, u_at += kTile * launch.u.step, launch.u.step, Call::dtype(launch.u.dtype), u_packed);
+      next.load(raw_delta, delta_at += kTile * launch.delta.step, launch.delta.step, Call::dtype(launch.delta.dtype), delta_access);
+      next.load(raw_u, u_at += kTile * launch.u.step, launch.u.step, Call::dtype(launch.u.dtype), u_access);
     }
 #pragma unroll
     for (int j = 0; j < kOwn; ++j) dt[j] += bias;
@@ -414,7 +458,7 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
       du[j] *= dt[j];
     }
 
-    if (p.z) own.load(raw_z, z_at, launch.z.step, Call::dtype(launch.z.dtype), z_packed);
+    if (p.z) own.load(raw_z, z_at, launch.z.step, Call::dtype(launch.z.dtype), z_access);
 #pragma unroll 1
     for (int64_t chunk = 0; chunk < dstate; chunk += kChunk) {
       float* const tile_B = shared + half * 2 * kProjectionTile;
@@ -445,12 +489,12 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
     }
     if (p.z) {
       float gate[kOwn];
-      own.convert(gate, raw_z, Call::dtype(launch.z.dtype), z_packed);
+      own.convert(gate, raw_z, z_at, Call::dtype(launch.z.dtype), z_access);
 #pragma unroll
       for (int j = 0; j < kOwn; ++j) y[j] *= silu(gate[j]);
       z_at += kTile * launch.z.step;
     }
-    if (active) own.store(y, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_packed);
+    if (active) own.store(y, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_access);
     out_at += kTile * launch.out.step;
   }
   if (!chunked) states.store(p, h, 0);
@@ -509,23 +553,23 @@ Launch plan(const SelectiveScanFwdParams& p, int lanes) {
 constexpr int kSchedulers = 4;  // of a multiprocessor
 int lanes_per_channel(const SelectiveScanFwdParams& p) { return plan(p, 1).warps >= 2 * kSchedulers * int64_t(p.multiprocessors) ? 1 : 4; }
 
-// Does KnownCall<.., channel_first> describe the call?
-bool is_known(const Launch& call, bool channel_first) {
+// Does KnownCall<.., layout> describe the call?
+bool is_known(const Launch& call, Layout layout) {
   const SelectiveScanFwdParams& p = call.p;
-  if (p.dstate != kChunk || p.B_constant || p.C_constant || (channel_first && p.cu_seqlens)) return false;
+  const bool first = layout == Layout::kChannelFirst, shifted = layout == Layout::kShifted;
   const int64_t size = int64_t(size_of(p.u_dtype));
-  const auto fits = [](const void* base, std::initializer_list<int64_t> strides) {
+  if (p.dstate != kChunk || p.B_constant || p.C_constant || (first && p.cu_seqlens) || (shifted && size != 2)) return false;
+  const auto aligned = [](const void* base, std::initializer_list<int64_t> strides) {
     uintptr_t bits = reinterpret_cast<uintptr_t>(base);
     for (const int64_t stride : strides) bits |= uintptr_t(stride);
     return bits % 16 == 0;
   };
-  for (const StepsLayout& s : {call.delta, call.u, call.z, call.out}) {
-    if (!s.base) continue;
-    if (s.dtype != p.u_dtype || (channel_first && !(s.step == size && fits(s.base, {s.batch, s.dim})))) return false;
+  for (const StepsLayout& s : {call.delta, call.u, call.z, call.out})
+    if (s.base && (s.dtype != p.u_dtype || (first || shifted ? s.step : s.dim) != size || (first && !aligned(s.base, {s.batch, s.dim})))) return false;
+  for (const ProjectionLayout& s : {call.B, call.C}) {
+    if (s.dtype != p.u_dtype) return false;
+    if (!shifted && ((first ? s.step : s.state) != size || !aligned(s.base, {s.batch, s.group, first ? s.state : s.step}))) return false;
   }
-  for (const ProjectionLayout& s : {call.B, call.C})
-    if (s.dtype != p.u_dtype || (channel_first ? s.step : s.state) != size || !fits(s.base, {s.batch, s.group, channel_first ? s.state : s.step}))
-      return false;
   return true;
 }
 
@@ -540,16 +584,19 @@ int start(const Launch& call, void* stream) {
 
 template <int kLanes>
 int start(const Launch& call, void* stream) {
-  const auto known = [&](auto channel_first) {
-    constexpr bool first = decltype(channel_first)::value;
+  const auto known = [&](auto layout) {
+    constexpr Layout value = decltype(layout)::value;
     switch (call.p.u_dtype) {
-      case DType::kBFloat16: return start<kLanes, KnownCall<DType::kBFloat16, first>>(call, stream);
-      case DType::kFloat16: return start<kLanes, KnownCall<DType::kFloat16, first>>(call, stream);
-      default: return start<kLanes, KnownCall<DType::kFloat32, first>>(call, stream);
+      case DType::kBFloat16: return start<kLanes, KnownCall<DType::kBFloat16, value>>(call, stream);
+      case DType::kFloat16: return start<kLanes, KnownCall<DType::kFloat16, value>>(call, stream);
+      default:
+        if constexpr (value == Layout::kShifted) return start<kLanes, AnyCall>(call, stream);  // never: 16-bit only
+        else return start<kLanes, KnownCall<DType::kFloat32, value>>(call, stream);
     }
   };
-  if (is_known(call, true)) return known(std::true_type{});
-  if (is_known(call, false)) return known(std::false_type{});
+  if (is_known(call, Layout::kChannelFirst)) return known(std::integral_constant<Layout, Layout::kChannelFirst>{});
+  if (is_known(call, Layout::kChannelLast)) return known(std::integral_constant<Layout, Layout::kChannelLast>{});
+  if (is_known(call, Layout::kShifted)) return known(std::integral_constant<Layout, Layout::kShifted>{});
   return start<kLanes, AnyCall>(call, stream);
 }
 

@@ -54,9 +54,10 @@ CASES = [
       for n in (5, 16) for x in BOTH),
     *(Case(dtype=d, weight_dtype=w, state_dtype=s, layout=x, initial=True)
       for d, w, s in (("bf16", "", ""), ("fp16", "", ""), ("bf16", "bf16", "bf16"), ("fp64", "", "")) for x in BOTH),
+    *(Case(dtype=d, seqlen=n, layout=x) for d, n in (("bf16", 25), ("fp16", 39), ("bf16", 49), ("fp16", 64)) for x in ("contiguous", "unaligned")),
     *(Case(dtype=d, other_dtype=o, layout=x) for d, o in (("bf16", "fp32"), ("fp32", "bf16"), ("fp16", "bf16"), ("bf16", "fp16")) for x in BOTH),
     *(Case(dtype=d, layout=x, initial=True) for d in ("fp32", "bf16") for x in harness.LAYOUTS[1:]),
-    *(Case(layout=x, projected_layout=y, dtype=d) for x, y in (BOTH, BOTH[::-1]) for d in ("fp32", "bf16")),
+    *(Case(layout=x, projected_layout=y, dtype=d, dim=n, seqlen=n) for x, y in (BOTH, BOTH[::-1]) for d in ("fp32", "bf16") for n in (37, 40)),
     *(Case(batch=1, seqlen=70, packed=EMPTY_AND_SHORT, index=n, layout=x, initial=i, dtype=d)
       for n, d in (("i4", "fp32"), ("i8", "bf16")) for x in (*BOTH, "strided") for i in (False, True)),
     *(Case(batch=1, seqlen=9, packed=p, layout=x, initial=True) for p in ((0,), (0, 9), (0, 0, 0)) for x in BOTH),
