@@ -308,10 +308,10 @@ def test_what_it_serves(host):
     """16-bit channel-last rows on 16-byte boundaries, 16 states, one group: anything else is the fp32 kernel's."""
     base = inputs_of(Case(batch=2, dim=40, seqlen=9))
 
-    def serves(**changes):
+    def serves(out_layout="contiguous", **changes):
         inputs = base | changes
         try:
-            scan(host, inputs)
+            scan(host, inputs, out_layout=out_layout)
         except ValueError as error:
             assert "does not serve" in str(error)
             return False
@@ -328,11 +328,17 @@ def test_what_it_serves(host):
         assert not serves(**{name: np.ascontiguousarray(base[name])}), f"{name} channel-first"
         assert not serves(**{name: channel_last(fp32(name), gap=3)[1]}), f"rows of {name} not on 16 bytes"
         assert not serves(**{name: fp32(name).transpose(0, 2, 1).copy().transpose(0, 2, 1)}), f"{name} in fp32"
+        apart = Tensor((2, base[name].shape[1] * 9 + 4), "bf16").array
+        rows = np.lib.stride_tricks.as_strided(apart, (2, 9, base[name].shape[1]), (apart.strides[0], 2 * base[name].shape[1], 2))
+        rows[...] = base[name].transpose(0, 2, 1)
+        assert not serves(**{name: rows.transpose(0, 2, 1)}), f"batch rows of {name} not on 16 bytes"
     for name in "BC":
         constant = np.zeros((40, DSTATE), np.uint16)
         assert not serves(**{name: constant}), f"{name} constant"
         assert not serves(**{name: np.stack([base[name]] * 2, 1)}), f"two groups of {name}"
-    assert not serves(**{k: v for k, v in inputs_of(Case(dim=36, seqlen=9, gap=4)).items() if k not in "BC"})
+    odd = inputs_of(Case(dim=36, seqlen=9))
+    odd |= {name: channel_last(harness.to_fp64(odd[name]), gap=4)[1] for name in ("u", "delta", "z")}
+    assert not serves("padded", **odd), "36 channels, although every row is on 16 bytes"
     one = inputs_of(Case(batch=1, seqlen=1))
     assert serves(**one)
     assert serves(**one | {name: np.ascontiguousarray(one[name]) for name in ("u", "delta", "z", "B", "C")})  # a dim of size 1 has no stride
