@@ -180,3 +180,14 @@ def check_large_strides(host, device: str) -> None:
         error = np.linalg.norm(view(y) - expected_y) / np.linalg.norm(expected_y)
         assert error <= harness.OUTPUT["fp16"] * 1.5, f"y: relative error {error:.2e} with {what} 2^31 + 64 elements apart"
         assert np.array_equal(pool, expected_state), f"conv_state: wrong with {what} 2^31 + 64 elements apart"
+    # A decode step on packs.
+    x, y, state = (harness.sparse_rows(2, n, step) for n in (8, 8, 32))
+    pool = np.lib.stride_tricks.as_strided(state, (2, 8, 4), (2 * step, 8, 2))
+    x[...], pool[...] = rng.standard_normal(x.shape), rng.standard_normal(pool.shape)
+    weight = rng.standard_normal((8, 4)).astype(np.float32)
+    wide = x.astype(np.float64)[..., None], pool.astype(np.float64)
+    expected_y, expected_state = expected_update(*wide, weight, np.zeros(8), True, None, range(2))
+    host.causal_conv1d_update(device, x, pool, weight, None, True, None, None, y)
+    error = np.linalg.norm(y - expected_y[..., 0]) / np.linalg.norm(expected_y)
+    assert error <= harness.OUTPUT["fp16"] * 1.5, f"y: relative error {error:.2e} in a decode step with rows 2^31 + 64 elements apart"
+    assert np.array_equal(pool, expected_state), "conv_state: wrong in a decode step with rows 2^31 + 64 elements apart"
