@@ -1,8 +1,8 @@
 // selective_scan forward on a GPU in fp32 arithmetic: every dtype, layout and size.
 //
-// A warp owns 32 / kLanes channels of one sequence and walks it in tiles; warps never meet. The 16 states of a
-// channel are in the registers of kLanes lanes: one where there are channels enough to fill the GPU, four where there are not.
-// Of a tile's steps a lane owns every kLanes-th part: it reads delta, u and z of those, finishes their dt and du, and stores their out.
+// A warp owns 32 / kLanes channels of one sequence and walks it in tiles; the warps of a block do not meet. The 16 states of a channel
+// are in the registers of kLanes lanes: one where there are channels enough to fill the GPU, four where there are not. A tile's steps
+// are shared out to those lanes: each reads delta, u and z of its own ones, finishes their dt and du, and stores their out.
 // B and C of the tile lie in the warp's shared memory as fp32. What the next tile needs is on its way while this one is computed.
 // More than 16 states are computed 16 at a time for each tile, and wait in last_state.
 #include "common/rows.h"
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kChunk = 16, kWarpsPerBlock = 4, kWarpSize = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kConstantPitch = kChunk + 4;       // floats per channel: eight lanes' float4 fall into different banks
+constexpr int kConstantPitch = kChunk + 4;  // floats per channel: eight lanes' float4 fall into different banks
 
 // Steps of a tile. More of them spread the cost of a tile over a lane's few states.
 COBRA_HOST_DEVICE constexpr int tile_steps(int lanes) { return lanes == 1 ? 8 : 16; }
@@ -279,8 +279,9 @@ enum class Layout {
 template <DType type, Layout layout>
 struct KnownCall {
   static constexpr bool kKnown = true;
-  static constexpr Access kAccess = layout == Layout::kChannelFirst ? Access::kPacked : layout == Layout::kShifted ? Access::kShifted : Access::kScattered;
-  static constexpr Form kForm = layout == Layout::kChannelFirst ? Form::kStepsPacked : layout == Layout::kShifted ? Form::kScattered : Form::kStatesPacked;
+  static constexpr bool kFirst = layout == Layout::kChannelFirst, kLast = layout == Layout::kChannelLast;
+  static constexpr Access kAccess = kFirst ? Access::kPacked : kLast ? Access::kScattered : Access::kShifted;
+  static constexpr Form kForm = kFirst ? Form::kStepsPacked : kLast ? Form::kStatesPacked : Form::kScattered;
   __device__ __forceinline__ static DType dtype(DType) { return type; }
 };
 
@@ -390,11 +391,13 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
   const Access out_access = access(launch.out, out_at);
   if (p.cu_seqlens && row == p.num_seqs) {  // padding
     const float zeros[kOwn] = {};
-    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step) Own<kTile, kOwn>(left, part).store(zeros, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_access);
+    for (; active && left > 0; left -= kTile, out_at += kTile * launch.out.step)
+      Own<kTile, kOwn>(left, part).store(zeros, out_at, launch.out.step, Call::dtype(launch.out.dtype), out_access);
     return;
   }
   const LaneStates<kLanes> states{row, channel, part * kStates, last_state_of(p, row, channel) + part * kStates, active};
-  const bool chunked = !Call::kKnown && p.dstate > kChunk, B_constant = !Call::kKnown && launch.B.constant, C_constant = !Call::kKnown && launch.C.constant;
+  const bool chunked = !Call::kKnown && p.dstate > kChunk;
+  const bool B_constant = !Call::kKnown && launch.B.constant, C_constant = !Call::kKnown && launch.C.constant;
   const int64_t dstate = Call::kKnown ? kChunk : p.dstate;
   float h[kStates], rate[kStates];
   const auto start = [&] {
@@ -565,7 +568,8 @@ bool is_known(const Launch& call, Layout layout) {
     return bits % 16 == 0;
   };
   for (const StepsLayout& s : {call.delta, call.u, call.z, call.out})
-    if (s.base && (s.dtype != p.u_dtype || (first || shifted ? s.step : s.dim) != size || (first && !aligned(s.base, {s.batch, s.dim})))) return false;
+    if (s.base && (s.dtype != p.u_dtype || (first || shifted ? s.step : s.dim) != size || (first && !aligned(s.base, {s.batch, s.dim}))))
+      return false;
   for (const ProjectionLayout& s : {call.B, call.C}) {
     if (s.dtype != p.u_dtype) return false;
     if (!shifted && ((first ? s.step : s.state) != size || !aligned(s.base, {s.batch, s.group, first ? s.state : s.step}))) return false;
