@@ -87,6 +87,7 @@ CASES = [
       for n in (2, 9, 40) for d, x in (("bf16", "contiguous"), ("fp32", "unaligned"))),
     *(PlainFilter(batch=1, dim=3, seqlen=2100, packed=(0, 3, 700, 700, 1999, 2001), dtype=d, layout=x, y_layout="contiguous", initial=i)
       for d, x, i in (("bf16", "contiguous", True), ("fp16", "unaligned", False))),
+    PlainFilter(batch=1, dim=3, seqlen=300, packed=(0, 3, 140, 141, 299), layout="unaligned", y_layout="contiguous", dtype="bf16"),
     PlainFilter(dim=3, seqlen=600, seq_idx=True, dtype="bf16", layout="unaligned", y_layout="contiguous"),
     *(PlainFilter(layout=x, y_layout=y, dtype="bf16", dim=16) for x in BOTH for y in ("contiguous", "transposed", "strided")),
     *(PlainFilter(dim=40, layout=f"tokens+{x}", y_layout=f"tokens+{y}", dtype=d, initial=i, final=True)
