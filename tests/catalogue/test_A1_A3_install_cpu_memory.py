@@ -94,9 +94,11 @@ def test_row_013_and_031_every_cuda_entry_guards_the_device():
     entries = 0
     for binding in (ROOT / "csrc").glob("*/*_binding.cpp"):
         for body in re.findall(r"^\w[\w:<>, ]* \w+_cuda\(.*?^}", binding.read_text(), flags=re.MULTILINE | re.DOTALL):
+            if "Tensor" not in body[: body.index("{")]:
+                continue  # a measurement of the roof: the caller passes device pointers and the stream
             entries += 1
             assert "DeviceGuard" in body and "current_stream(" in body and "check_launch(" in body, f"{binding.name}:\n{body}"
-    assert entries >= 2
+    assert entries >= 9, "rms_norm twice, two convolutions, scan, state update, the projector's layer and passes"
 
 
 def test_row_014_the_doctor_gives_a_diagnosis():
