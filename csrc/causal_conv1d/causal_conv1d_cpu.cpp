@@ -226,8 +226,11 @@ void fwd_channel_first(const Params& p, const std::vector<int64_t>& starts, cons
     T* const x = inputs.data() + front;
     int64_t masked_chunk = -1;
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
-      const int64_t d = unit % p.dim, chunk_of_batch = unit / p.dim, b = chunk_of_batch / chunks;
-      const int64_t chunk_begin = chunk_of_batch % chunks * kTimeChunk, chunk_end = std::min(p.seqlen, chunk_begin + kTimeChunk);
+      // Along a row, so that the hardware prefetcher follows it from page to page; seq_idx is looked up once per chunk of all channels.
+      const int64_t b = unit / (p.dim * chunks), in_batch = unit % (p.dim * chunks);
+      const int64_t d = p.seq_idx ? in_batch % p.dim : in_batch / chunks, chunk = p.seq_idx ? in_batch / p.dim : in_batch % chunks;
+      const int64_t chunk_of_batch = b * chunks + chunk;
+      const int64_t chunk_begin = chunk * kTimeChunk, chunk_end = std::min(p.seqlen, chunk_begin + kTimeChunk);
       load_row(weight.data(), p.weight, p.weight_dtype, d * p.weight_dim_stride, p.weight_width_stride, p.width);
       T bias = T(0);
       if (p.bias) load_row(&bias, p.bias, p.bias_dtype, d * p.bias_stride, 1, 1);
