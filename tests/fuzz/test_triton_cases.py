@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
 from tests.gpu.cases import OPS
+from tests.triton_proof import run_interpreted
 
 PER_OP, MAX_ELEMENTS = 10, 1200  # the interpreter runs each program in Python
 
@@ -42,8 +38,5 @@ def interpreted() -> None:
 
 
 def test_cases():
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    code = "from tests.fuzz.test_triton_cases import interpreted; interpreted()"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)
-    lines = done.stdout.strip().splitlines()
-    assert done.returncode == 0 and lines == [str(dict.fromkeys(OPS, PER_OP))], "\n".join(lines[:10]) + done.stderr[-2000:]
+    lines = run_interpreted(__name__).strip().splitlines()
+    assert lines == [str(dict.fromkeys(OPS, PER_OP))], "\n".join(lines[:10])

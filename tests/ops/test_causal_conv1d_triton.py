@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 from cobra_kernels.triton_utils import cross_compile  # noqa: E402
 from tests.ops.test_causal_conv1d import BF16, F16, F32, STATES, Case, in_fp64, make_inputs, run  # noqa: E402
 from tests.tolerances import OUTPUT, relative_error  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
 
 # Tiny: the interpreter runs each program in Python. On both sides of a tile: 128 channels by 16 steps, 512 steps by 4 channels.
 CASES = [
@@ -69,14 +63,7 @@ def interpreted() -> None:
 @pytest.fixture(scope="module")
 def errors():
     """case -> result -> [error, limit], from one interpreter process."""
-    code = "from tests.ops.test_causal_conv1d_triton import interpreted; interpreted()"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict] = {}
-    for line in done.stdout.splitlines():
-        results.update(json.loads(line))
-    return results
+    return interpreted_results(__name__)
 
 
 @pytest.mark.parametrize("case", [*(case.id for case in CASES), "nan", *(f"bounds={b}" for b in BAD_BOUNDS)])
@@ -119,14 +106,6 @@ def signature(kernel_name: str, channel_last: bool, flags: bool):
 @pytest.mark.parametrize("kernel, channel_last, flags", [("_fwd_kernel", True, True), ("_fwd_kernel", False, True), ("_final_kernel", True, True)])
 def test_cross_compiled_without_spills(kernel, channel_last, flags, capability, tmp_path):
     """No stack, which is where a spill would go."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("this triton carries no cuobjdump")
     function, arguments, warps = signature(kernel, channel_last, flags)
     compiled = cross_compile(function, arguments, capability, warps)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert figures["STACK"] == figures["LOCAL"] == 0, f"{kernel} spills on sm_{capability}: {figures}"
-    assert 0 < figures["REG"] <= 255
+    assert_no_spills(compiled, tmp_path, f"{kernel} on sm_{capability}")

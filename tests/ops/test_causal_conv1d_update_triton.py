@@ -3,22 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 from cobra_kernels.triton_utils import cross_compile  # noqa: E402
 from tests.ops.test_causal_conv1d_update import BF16, F16, F32, SEEN, Case, in_fp64, make_inputs, new_state, run  # noqa: E402
 from tests.tolerances import OUTPUT, relative_error  # noqa: E402
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
 
 # Tiny: the interpreter runs each program in Python. On both sides of a tile: 256 channels of 4 columns, 256 columns.
 CASES = [
@@ -79,14 +73,7 @@ EXTRA = [*(f"bits-{dtype}" for dtype in (F32, BF16, F16)), "clamped", "empty poo
 @pytest.fixture(scope="module")
 def errors():
     """case -> result -> [error, limit], from one interpreter process."""
-    code = "from tests.ops.test_causal_conv1d_update_triton import interpreted; interpreted()"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict] = {}
-    for line in done.stdout.splitlines():
-        results.update(json.loads(line))
-    return results
+    return interpreted_results(__name__)
 
 
 @pytest.mark.parametrize("case", [*(case.id for case in CASES), *EXTRA])
@@ -126,14 +113,6 @@ def signature(state_len: int, circular: bool, flags: bool):
 @pytest.mark.parametrize("state_len, circular, flags", [(4, False, True), (256, True, False)])
 def test_cross_compiled_without_spills(state_len, circular, flags, capability, tmp_path):
     """No stack, which is where a spill would go."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("this triton carries no cuobjdump")
     function, arguments, warps = signature(state_len, circular, flags)
     compiled = cross_compile(function, arguments, capability, warps)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert figures["STACK"] == figures["LOCAL"] == 0, f"spills on sm_{capability}: {figures}"
-    assert 0 < figures["REG"] <= 255
+    assert_no_spills(compiled, tmp_path, f"the kernel on sm_{capability}")

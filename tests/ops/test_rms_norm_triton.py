@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("triton", reason="triton is not installed")
 
 from cobra_kernels.triton_utils import cross_compile, merge_rows  # noqa: E402
 from tests.tolerances import GRADIENT, OUTPUT, relative_error  # noqa: E402
+from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[2]
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # id: shape, x dtype, residual dtype, keywords. Tiny: the interpreter runs each program in Python.
@@ -74,14 +69,7 @@ def interpreted() -> None:
 @pytest.fixture(scope="module")
 def errors():
     """case -> result -> [error, limit], from one interpreter process."""
-    code = "from tests.ops.test_rms_norm_triton import interpreted; interpreted()"
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    results: dict[str, dict] = {}
-    for line in done.stdout.splitlines():
-        results.update(json.loads(line))
-    return results
+    return interpreted_results(__name__)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -141,14 +129,6 @@ def norm_signature(kernel_name: str, dtype: str, dim: int):
 @pytest.mark.parametrize("kernel, dim", [("_fwd_kernel", 8192), ("_bwd_kernel", 4096), ("_bwd_kernel", 9000)])
 def test_cross_compiled_without_spills(kernel, dim, capability, tmp_path):
     """The widest block of each kind: no stack, which is where a spill would go."""
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    if not cuobjdump.exists():
-        pytest.skip("this triton carries no cuobjdump")
     function, arguments, warps = norm_signature(kernel, "*bf16", dim)
     compiled = cross_compile(function, arguments, capability, warps)
-    cubin = tmp_path / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    figures = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    assert figures["STACK"] == figures["LOCAL"] == 0, f"{kernel} spills on sm_{capability}: {figures}"
-    assert 0 < figures["REG"] <= 255
+    assert_no_spills(compiled, tmp_path, f"{kernel} on sm_{capability}")
