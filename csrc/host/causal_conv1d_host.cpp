@@ -16,20 +16,11 @@ void forward(const std::string& device, const py::array& x, const py::array& wei
   p.batch = x.shape(0);
   p.dim = x.shape(1);
   p.seqlen = x.shape(2);
-  p.width = weight.shape(1);
   p.silu = silu;
   p.x = pointer(x);
   p.x_dtype = dtype_of(x, "x");
   p.x_stride = strides(x, "x");
-  p.weight = pointer(weight);
-  p.weight_dtype = dtype_of(weight, "weight");
-  p.weight_dim_stride = stride_of(weight, 0, "weight");
-  p.weight_width_stride = stride_of(weight, 1, "weight");
-  if (bias) {
-    p.bias = pointer(*bias);
-    p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias_stride = stride_of(*bias, 0, "bias");
-  }
+  set_filter(p, weight, bias);
   if (seq_idx) {
     p.seq_idx = pointer(*seq_idx);
     p.seq_idx_dtype = dtype_of(*seq_idx, "seq_idx");
@@ -41,12 +32,8 @@ void forward(const std::string& device, const py::array& x, const py::array& wei
     p.initial_states_dtype = dtype_of(*initial_states, "initial_states");
     p.initial_states_stride = strides(*initial_states, "initial_states");
   }
-  if (cu_seqlens) {
-    p.num_seqs = cu_seqlens->shape(0) - 1;
-    p.cu_seqlens = pointer(*cu_seqlens);
-    p.cu_seqlens_dtype = dtype_of(*cu_seqlens, "cu_seqlens");
-    p.cu_seqlens_stride = stride_of(*cu_seqlens, 0, "cu_seqlens");
-  }
+  if (cu_seqlens) p.num_seqs = cu_seqlens->shape(0) - 1;
+  set_index(cu_seqlens, "cu_seqlens", p.cu_seqlens, p.cu_seqlens_dtype, p.cu_seqlens_stride);
   p.y = pointer(y);
   p.y_stride = strides(y, "y");
   if (final_states) p.final_states = pointer(*final_states);

@@ -15,28 +15,13 @@ void update(const std::string& device, const py::array& x, const py::array& stat
   p.batch = x.shape(0);
   p.dim = x.shape(1);
   p.steps = x.ndim() == 3 ? x.shape(2) : 1;
-  p.width = weight.shape(1);
   p.pool = state.shape(0);
   p.state_len = state.shape(2);
   p.silu = silu;
   p.x = pointer(x);
   p.x_dtype = dtype_of(x, "x");
   p.x_stride = strides(x, "x");
-  p.weight = pointer(weight);
-  p.weight_dtype = dtype_of(weight, "weight");
-  p.weight_dim_stride = stride_of(weight, 0, "weight");
-  p.weight_width_stride = stride_of(weight, 1, "weight");
-  if (bias) {
-    p.bias = pointer(*bias);
-    p.bias_dtype = dtype_of(*bias, "bias");
-    p.bias_stride = stride_of(*bias, 0, "bias");
-  }
-  const auto set_index = [](const OptionalArray& t, const char* name, const void*& data, DType& dtype, int64_t& stride) {
-    if (!t) return;
-    data = pointer(*t);
-    dtype = dtype_of(*t, name);
-    stride = stride_of(*t, 0, name);
-  };
+  set_filter(p, weight, bias);
   set_index(cache_seqlens, "cache_seqlens", p.cache_seqlens, p.cache_seqlens_dtype, p.cache_seqlens_stride);
   set_index(indices, "indices", p.indices, p.indices_dtype, p.indices_stride);
   p.y = pointer(y);

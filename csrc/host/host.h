@@ -35,6 +35,28 @@ int64_t stride_of(const py::array& array, py::ssize_t axis, const char* name);
 // A writable pointer, for every argument: numpy's read-only flag would only hide a stray write that the tests look for.
 inline void* pointer(const py::array& array) { return const_cast<void*>(array.data()); }
 
+// weight (dim, width) and bias (dim,) of a convolution.
+template <class Params>
+void set_filter(Params& p, const py::array& weight, const OptionalArray& bias) {
+  p.width = weight.shape(1);
+  p.weight = pointer(weight);
+  p.weight_dtype = dtype_of(weight, "weight");
+  p.weight_dim_stride = stride_of(weight, 0, "weight");
+  p.weight_width_stride = stride_of(weight, 1, "weight");
+  if (!bias) return;
+  p.bias = pointer(*bias);
+  p.bias_dtype = dtype_of(*bias, "bias");
+  p.bias_stride = stride_of(*bias, 0, "bias");
+}
+
+// A vector of indices, which may be absent.
+inline void set_index(const OptionalArray& indices, const char* name, const void*& data, DType& dtype, int64_t& stride) {
+  if (!indices) return;
+  data = pointer(*indices);
+  dtype = dtype_of(*indices, name);
+  stride = stride_of(*indices, 0, name);
+}
+
 // Collects (..., dim) tensors of one shape as rows (common/rows.h), unmerged, so that tests reach every path.
 class Rows {
  public:
