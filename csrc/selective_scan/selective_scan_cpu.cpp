@@ -290,11 +290,15 @@ class BlockScan {
     } else {
       std::fill_n(h_, per_channel_, T(0));
     }
+    const DType compute = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
     for (int64_t t = begin; t < end; t += steps_) {
+      if (p_.states && (t - begin) % kStateChunk == 0) {
+        const int64_t slot = row * state_slots(p_) + state_slot(p_, begin, state_row) + (t - begin) / kStateChunk;
+        store_tile({p_.states, compute, slot * p_.dstate * p_.dim + channel_, 1, p_.dim}, h_, p_.dstate, channels_, p_.dstate);
+      }
       const int64_t steps = std::min(steps_, end - t);
       run_tile(row, t, steps, std::min(steps_, end - t - steps));
     }
-    const DType compute = std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32;
     store_tile(state_of(p_.last_state, compute, {p_.dim * p_.dstate, p_.dstate, 1}, state_row), h_, p_.dstate, channels_, p_.dstate);
   }
 
@@ -382,6 +386,7 @@ void fwd(const SelectiveScanFwdParams& p, const Parallel& parallel) {
   // there is something to share out.
   const int64_t run = std::gcd(p.dim / p.B_stride.groups, p.dim / p.C_stride.groups), runs = p.dim / run;
   Tile tile = p.u_stride.dim == 1 ? kChannelLast : kChannelFirst;
+  if (p.states) tile.steps = std::gcd(tile.steps, kStateChunk);  // a tile ends where a state is saved
   int64_t& block = tile.channels;
   block = std::min(block, (run + W - 1) / W * W);
   while (block > W && rows * runs * ((run + block - 1) / block) < 16) block = (block / 2 + W - 1) / W * W;

@@ -677,8 +677,10 @@ def test_opcheck(case):
 
     torch.library.opcheck(torch.ops.cobra_kernels.selective_scan.default, (*arguments(True), "cpu"))
     torch.library.opcheck(torch.ops.cobra_kernels.selective_scan_fwd.default, tuple(arguments(False)))
-    dout, dlast = (torch.randn_like(o) for o in run(case, t))
-    torch.library.opcheck(torch.ops.cobra_kernels.selective_scan_bwd.default, (dout, dlast, *arguments(False)))
+    *outputs, states = torch.ops.cobra_kernels.selective_scan_fwd_states.default(*arguments(False))
+    dout, dlast = (torch.randn_like(o) for o in outputs)
+    torch.library.opcheck(torch.ops.cobra_kernels.selective_scan_fwd_states.default, tuple(arguments(False)))
+    torch.library.opcheck(torch.ops.cobra_kernels.selective_scan_bwd.default, (dout, dlast, *arguments(False), states))
 
 
 def test_compile_fullgraph():

@@ -65,7 +65,7 @@ def selective_scan(
         count(OP, name)
         out, last_state = reference.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
     elif requires_grad(u, delta, A, B, C, D, z, delta_bias, initial_state):
-        out, last_state = OPS.selective_scan.default(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, name)
+        out, last_state, _ = OPS.selective_scan.default(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, name)
     else:
         out, last_state = _FORWARD[name](u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
     return (out, last_state) if return_last_state else out
@@ -176,12 +176,11 @@ def _real(reason):
     return lambda u, A: "complex A is served by reference only" if A.is_complex() else reason(u)
 
 
-_SLOW_GRADIENTS = "the reference's, in plain torch (slow: no backward kernel)"
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(_real(cpu_reason), gradients=_SLOW_GRADIENTS),
-    "triton": Backend(_real(triton_reason), gradients=_SLOW_GRADIENTS),
-    "cuda": Backend(_real(cuda_reason), gradients=_SLOW_GRADIENTS),
+    "cpu": Backend(_real(cpu_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "triton": Backend(_real(triton_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "cuda": Backend(_real(cuda_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
 }
 
 
@@ -191,21 +190,59 @@ _ARGUMENTS = (
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, bool delta_softplus, "
     "Tensor? initial_state, Tensor? cu_seqlens"
 )
-_GRADIENTS = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+_GRADIENTS = ", ".join(["Tensor"] * 9)
+STATE_CHUNK = 64  # steps between two saved states: kStateChunk of selective_scan.h
 
 
-def _fwd_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend=None):
+def _fwd_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
     rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    compute = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return torch.empty_like(u), u.new_empty((rows, u.shape[1], A.shape[1]), dtype=compute)
+    return torch.empty_like(u), u.new_empty((rows, u.shape[1], A.shape[1]), dtype=_compute_dtype(u))
 
 
-def _bwd_fake(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(u.new_empty(0) if t is None else torch.empty_like(t) for t in inputs)
+def _fwd_states_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend=None):
+    out, last_state = _fwd_fake(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
+    shape = (u.shape[0], state_slots(u, cu_seqlens), A.shape[1], u.shape[1])
+    return out, last_state, u.new_empty(shape, dtype=_compute_dtype(u))
 
 
-def _bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
+def _bwd_fake(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, states):
+    return tuple(u.new_empty(0) if t is None else torch.empty_like(t) for t in (u, delta, A, B, C, D, z, delta_bias, initial_state))
+
+
+def _compute_dtype(u):
+    return torch.float64 if u.dtype == torch.float64 else torch.float32
+
+
+def state_slots(u, cu_seqlens) -> int:
+    """Saved states of one batch row. Packed: the first of sequence i is slot cu_seqlens[i] // STATE_CHUNK + i."""
+    seqlen = u.shape[2]
+    return (seqlen + STATE_CHUNK - 1) // STATE_CHUNK if cu_seqlens is None else seqlen // STATE_CHUNK + cu_seqlens.shape[0] - 1
+
+
+def _fwd_triton(*arguments):
+    from . import triton_kernel
+
+    count(OP, "triton")
+    return triton_kernel.selective_scan_fwd(*arguments)
+
+
+def _fwd_states_triton(*arguments):
+    from . import triton_kernel
+
+    count(OP, "triton")
+    return *triton_kernel.selective_scan_fwd(*arguments), _fwd_states_fake(*arguments)[2].zero_()
+
+
+# fwd_states also returns what the backward starts from: (batch, slots, dstate, dim) in the compute dtype, the state before every
+# STATE_CHUNK-th step of each sequence.
+for _suffix in ("", "_triton"):
+    define(f"selective_scan_fwd{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+    define(f"selective_scan_fwd_states{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fwd_states_fake)
+    define(f"selective_scan_bwd{_suffix}(Tensor? dout, Tensor? dlast_state, {_ARGUMENTS}, Tensor states) -> ({_GRADIENTS})", _bwd_fake)
+    first_order_only(f"selective_scan_bwd{_suffix}")
+
+
+def _bwd_reference(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, states):
     """The reference's gradients, in the compute dtype, rounded once; absent inputs get an empty tensor."""
     count("selective_scan_bwd", "reference")
     grads = reference.selective_scan_bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
@@ -213,39 +250,36 @@ def _bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus,
     return tuple(u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads))
 
 
-def _fwd_triton(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens):
-    from . import triton_kernel
-
-    count(OP, "triton")
-    return triton_kernel.selective_scan_fwd(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
-
-
-for _suffix in ("", "_triton"):
-    define(f"selective_scan_fwd{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+implement("selective_scan_bwd", _bwd_reference, "CompositeExplicitAutograd")
 implement("selective_scan_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
-define(f"selective_scan_bwd(Tensor? dout, Tensor? dlast_state, {_ARGUMENTS}) -> ({_GRADIENTS})", _bwd_fake)
-first_order_only("selective_scan_bwd")
-implement("selective_scan_bwd", _bwd, "CompositeExplicitAutograd")
+implement("selective_scan_fwd_states_triton", _fwd_states_triton, "CompositeExplicitAutograd")
+implement("selective_scan_bwd_triton", _bwd_reference, "CompositeExplicitAutograd")
 
-_FORWARD = {name: OPS.selective_scan_fwd.default for name in ("cpu", "cuda")} | {"triton": OPS.selective_scan_fwd_triton.default}
+
+def _table(op: str) -> dict:
+    compiled, triton = getattr(OPS, op).default, getattr(OPS, f"{op}_triton").default
+    return {"cpu": compiled, "cuda": compiled, "triton": triton}
+
+
+_FORWARD, _FORWARD_STATES, _BACKWARD = (_table(f"selective_scan_{name}") for name in ("fwd", "fwd_states", "bwd"))
 
 
 def _differentiable(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, backend):
-    return _FORWARD[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
+    return _FORWARD_STATES[backend](u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, _ = inputs
+    *tensors, ctx.delta_softplus, initial_state, cu_seqlens, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
 
 
-def _backward(ctx, dout, dlast_state):
-    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    grads = OPS.selective_scan_bwd.default(dout, dlast_state, *tensors, ctx.delta_softplus, initial_state, cu_seqlens)
+def _backward(ctx, dout, dlast_state, _):
+    *tensors, initial_state, cu_seqlens, states = ctx.saved_tensors
+    grads = _BACKWARD[ctx.backend](dout, dlast_state, *tensors, ctx.delta_softplus, initial_state, cu_seqlens, states)
     present = [None if t is None else g for t, g in zip((*tensors, initial_state), grads)]
     return *present[:8], None, present[8], None, None
 
 
-define(f"selective_scan({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", _fwd_fake)
+define(f"selective_scan({_ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor)", _fwd_states_fake)
 differentiable("selective_scan", _differentiable, setup_context=_setup_context, backward=_backward)
