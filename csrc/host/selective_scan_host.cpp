@@ -1,6 +1,8 @@
 // selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
 // The caller owns out, last_state and states, which are contiguous (states may be None), and `line`, the zeroed workspace of `line_workers`. `multiprocessors`: of
 // the GPU that is emulated. The device "cuda_mma" is the tensor-core kernel, and an error where it does not serve.
+#include <cstring>
+
 #include "host/host.h"
 #include "selective_scan/scan_line.h"
 #include "selective_scan/selective_scan.h"
@@ -9,6 +11,11 @@ namespace cobra {  // selective_scan_cuda.cuh
 bool mma_serves(const SelectiveScanFwdParams& p);
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
 int64_t mma_line_workers(const SelectiveScanFwdParams& p);
+// Weak while one of them has no kernels.
+__attribute__((weak)) void selective_scan_bwd_cpu(const SelectiveScanBwdParams&, const Parallel&);
+__attribute__((weak)) int64_t selective_scan_bwd_workspace_cpu(const SelectiveScanBwdParams&);
+__attribute__((weak)) int selective_scan_bwd_cuda(const SelectiveScanBwdParams&, void* stream);
+__attribute__((weak)) int64_t selective_scan_bwd_workspace_cuda(const SelectiveScanBwdParams&);
 }  // namespace cobra
 
 namespace cobra::host {
@@ -87,6 +94,69 @@ void forward(const std::string& device, const py::array& u, const py::array& del
   run(mma ? "cuda" : device, p, &selective_scan_fwd_cpu, mma ? &selective_scan_fwd_mma : &selective_scan_fwd_cuda);
 }
 
+// A backward's workspace, as the binding makes it: of the size that the launcher asks for, not initialised (all NaN), and here between guards.
+class Workspace {
+ public:
+  Workspace(int64_t elements, DType dtype) : bytes_(elements * size_of(dtype)), data_(bytes_ + 2 * kGuard, kFill) {}
+  void* data() { return data_.data() + kGuard; }
+  void check() const {
+    for (size_t i = 0; i < kGuard; ++i)
+      if (data_[i] != kFill || data_[kGuard + bytes_ + i] != kFill) throw std::runtime_error("the kernel wrote outside its workspace");
+  }
+
+ private:
+  static constexpr size_t kGuard = 256;
+  static constexpr uint8_t kFill = 0xff;  // of a float or double: NaN
+  size_t bytes_;
+  std::vector<uint8_t> data_;
+};
+
+// Gradients are the caller's arrays, None where the input is absent. `states` is what the forward saved.
+void backward(const std::string& device, const OptionalArray& dout, const OptionalArray& dlast_state, const py::array& u, const py::array& delta, const py::array& A,
+              const py::array& B, const py::array& C, const OptionalArray& D, const OptionalArray& z, const OptionalArray& delta_bias, bool delta_softplus,
+              const OptionalArray& initial_state, const OptionalArray& cu_seqlens, const py::array& states, const py::array& du, const py::array& ddelta,
+              const py::array& dA, const py::array& dB, const py::array& dC, const OptionalArray& dD, const OptionalArray& dz, const OptionalArray& ddelta_bias,
+              const OptionalArray& dinitial_state, int multiprocessors) {
+  SelectiveScanBwdParams p{};
+  set_inputs(p, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
+  p.multiprocessors = multiprocessors;
+  if (dout) {
+    p.dout = pointer(*dout);
+    p.dout_stride = sequence_stride(*dout, "dout");
+  }
+  if (dlast_state) {
+    set(*dlast_state, "dlast_state", p.dlast_state, p.dlast_state_dtype);
+    p.dlast_state_stride = state_stride(*dlast_state, "dlast_state");
+  }
+  if (states.size() != p.batch * state_slots(p) * p.dstate * p.dim) throw std::invalid_argument("states has another size");
+  p.states = pointer(states);
+  p.du = pointer(du);
+  p.du_stride = sequence_stride(du, "du");
+  p.ddelta = pointer(ddelta);
+  p.ddelta_stride = sequence_stride(ddelta, "ddelta");
+  p.dA = pointer(dA);
+  p.dA_stride = {0, stride_of(dA, 0, "dA"), stride_of(dA, 1, "dA")};
+  p.dB = pointer(dB);
+  p.dB_stride = projection_stride(dB, "dB");
+  p.dC = pointer(dC);
+  p.dC_stride = projection_stride(dC, "dC");
+  if (dz) {
+    p.dz = pointer(*dz);
+    p.dz_stride = sequence_stride(*dz, "dz");
+  }
+  if (dD) p.dD = pointer(*dD);
+  if (ddelta_bias) p.ddelta_bias = pointer(*ddelta_bias);
+  if (dinitial_state) {
+    p.dinitial_state = pointer(*dinitial_state);
+    p.dinitial_state_stride = state_stride(*dinitial_state, "dinitial_state");
+  }
+  const int64_t elements = device == "cpu" ? selective_scan_bwd_workspace_cpu(p) : selective_scan_bwd_workspace_cuda(p);
+  Workspace workspace(elements, p.u_dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32);
+  p.workspace = workspace.data();
+  run(device, p, &selective_scan_bwd_cpu, &selective_scan_bwd_cuda);
+  workspace.check();
+}
+
 // (chain, begin, end, receives, sends) of each item of a worker, in its order.
 std::vector<std::tuple<int64_t, int64_t, int64_t, bool, bool>> line_items(int64_t chains, int64_t steps, int64_t workers, int64_t worker) {
   std::vector<std::tuple<int64_t, int64_t, int64_t, bool, bool>> items;
@@ -112,6 +182,10 @@ const Room room([](py::module_& m) {
   m.def("selective_scan", &forward, py::arg("device"), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"), py::arg("D"), py::arg("z"),
         py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("cu_seqlens"), py::arg("out"), py::arg("last_state"),
         py::arg("multiprocessors"), py::arg("line_workers"), py::arg("line"), py::arg("states") = py::none());
+  m.def("selective_scan_bwd", &backward, py::arg("device"), py::arg("dout"), py::arg("dlast_state"), py::arg("u"), py::arg("delta"), py::arg("A"), py::arg("B"), py::arg("C"),
+        py::arg("D"), py::arg("z"), py::arg("delta_bias"), py::arg("delta_softplus"), py::arg("initial_state"), py::arg("cu_seqlens"), py::arg("states"), py::arg("du"),
+        py::arg("ddelta"), py::arg("dA"), py::arg("dB"), py::arg("dC"), py::arg("dD"), py::arg("dz"), py::arg("ddelta_bias"), py::arg("dinitial_state"),
+        py::arg("multiprocessors"));
   m.def("selective_scan_line_items", &line_items);
   m.def("selective_scan_line_workers", &line_workers, py::arg("batch"), py::arg("dim"), py::arg("seqlen"), py::arg("multiprocessors"), py::arg("mma") = false);
   m.def("selective_scan_line_words", &selective_scan_line_words);
