@@ -7,6 +7,7 @@ from . import errors
 from .dispatch import backends, call_counts, reset_call_counts, supports, use_backend
 from .ops.causal_conv1d import causal_conv1d
 from .ops.causal_conv1d_update import causal_conv1d_update
+from .ops.mamba_inner import mamba_inner
 from .ops.projector import ldp_projector, mlp_projector
 from .ops.rms_norm import rms_norm
 from .ops.selective_scan import selective_scan
@@ -23,6 +24,7 @@ __all__ = [
     "causal_conv1d_update",
     "errors",
     "ldp_projector",
+    "mamba_inner",
     "mlp_projector",
     "reset_call_counts",
     "rms_norm",

@@ -24,9 +24,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def is_plain(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether calling the layer is no more than `kind`'s arithmetic on its weight and bias, so that they may be used without it.
+
+    Not a subclass, an adapter's wrapper or a parametrized layer (which is a subclass); no hooks, its own or of all modules; no
+    forward of its own; parameters that are plain tensors.
+    """
+    return (
+        type(layer) is kind
+        and not (layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+        and "forward" not in layer.__dict__
+        and type(layer.weight) in (Tensor, nn.Parameter)
+    )
+
+
 def apply_linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), through `linear` when the layer is a plain nn.Linear: not a subclass, an adapter's wrapper or one with hooks."""
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks):
+    """layer(x), through `linear` when the layer is a plain nn.Linear."""
+    if is_plain(layer, nn.Linear):
         return linear(x, layer.weight, layer.bias)
     return layer(x)
 

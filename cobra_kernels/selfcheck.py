@@ -19,6 +19,7 @@ from .errors import ArgumentError, CobraKernelsError
 # L2-relative error against fp64: fp32 accumulation; one rounding of the output in 16 bits.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2.9e-3, torch.float16: 3.7e-4}
 GEMM_LIMIT = 1e-5  # fp32, ops that contain a library GEMM
+GEMM_OPS = {"mlp_projector": 2, "ldp_projector": 2, "mamba_inner": 3}  # and by how much the roundings between them add up in 16 bits
 
 
 class Case(NamedTuple):
@@ -143,6 +144,29 @@ def ldp_projector_inputs(g, batch=2, grid=(9, 9), out_grid=(5, 5), features=(24,
     }
 
 
+def mamba_inner_inputs(g, batch=2, dim=48, seqlen=65, dstate=16, dt_rank=3, d_model=24, width=4, dtype=torch.float32, initial=False, norms=False) -> dict:
+    """Every tensor of mamba_inner with B and C from x_proj; the step sizes are those of a trained block (1e-3 .. 1 and wider)."""
+    low, high = torch.tensor([1e-3, 1.0], dtype=torch.float64).log()
+    dt = (low + (high - low) * torch.rand(dim, generator=g, dtype=torch.float64)).exp()
+    return {
+        "xz": _randn(g, batch, seqlen, 2 * dim, dtype=dtype).transpose(1, 2),
+        "conv1d_weight": _randn(g, dim, 1, width, scale=width**-0.5),
+        "conv1d_bias": _randn(g, dim, scale=0.3),
+        "x_proj_weight": _randn(g, dt_rank + 2 * dstate, dim, scale=2 * dim**-0.5).to(dtype),
+        "delta_proj_weight": _randn(g, dim, dt_rank, scale=dt_rank**-0.5).to(dtype),
+        "out_proj_weight": _randn(g, d_model, dim, scale=dim**-0.5).to(dtype),
+        "out_proj_bias": _randn(g, d_model).to(dtype),
+        "A": -(torch.rand(dim, dstate, generator=g, dtype=torch.float64) * 1.5 + 0.05).float(),
+        "D": _randn(g, dim),
+        "delta_bias": before_softplus(dt).float(),
+        "b_rms_weight": _randn(g, dstate) if norms else None,
+        "c_rms_weight": _randn(g, dstate) if norms else None,
+        "dt_rms_weight": _randn(g, dim) if norms else None,
+        "initial_conv_state": _randn(g, batch, dim, width - 1, dtype=dtype) if initial else None,
+        "initial_ssm_state": _randn(g, batch, dim, dstate) if initial else None,
+    }
+
+
 # --- running a case --------------------------------------------------------------------------------------------------
 
 
@@ -199,6 +223,9 @@ def cases(seed: int = 0) -> Iterator[Case]:
         yield Case("selective_scan", {**selective_scan_inputs(g, 1, 6, 40, 7, 3, dtype, z=False, D=False, softplus=False), "return_last_state": True})
         for dim, dstate in ((1, 1), (65, 16), (130, 33)):
             yield Case("selective_state_update", selective_state_update_inputs(g, 5, dim, dstate, dtype), ("state",))
+        for seqlen in (1, 65, 130):
+            inputs = mamba_inner_inputs(g, seqlen=seqlen, dtype=dtype, initial=seqlen != 65, norms=seqlen == 65)
+            yield Case("mamba_inner", {**inputs, "return_states": dtype == torch.float32})  # 16 bits: its states carry roundings, in fp32
         yield Case("mlp_projector", mlp_projector_inputs(g, dtype=dtype))
         yield Case("ldp_projector", ldp_projector_inputs(g, dtype=dtype))
 
@@ -220,9 +247,9 @@ def selftest(device: str | torch.device = "cpu", *, backend: str | None = None, 
             outputs = run(moved, None)
         for index, (got, want) in enumerate(zip(outputs, expected(case), strict=True)):
             limit = LIMITS[got.dtype]
-            if "projector" in case.op:
+            if case.op in GEMM_OPS:
                 limit = max(limit, GEMM_LIMIT)
-                limit *= 2 if got.dtype != torch.float32 else 1  # every layer's output is rounded, not only the last
+                limit *= GEMM_OPS[case.op] if got.dtype != torch.float32 else 1  # every product's output is rounded, not only the last
             share = error(got, want) / limit
             if share > 1:
                 shapes = {k: tuple(v.shape) for k, v in case.kwargs.items() if isinstance(v, torch.Tensor)}

@@ -8,7 +8,7 @@
 
 Activations stay token-major, (batch, seqlen, channels): the projections want them so, and the convolution and the scan
 read their (batch, channels, seqlen) views in place, as channel-last. Nothing is transposed or copied between two
-projections.
+projections. Where gradients are wanted, all after in_proj is one op, `mamba_inner`, which keeps little more than its input.
 
 Parameter names, shapes, order and initialisation are those of mamba_ssm's `Mamba`, so its checkpoints load unchanged.
 """
@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cobra_kernels import causal_conv1d, causal_conv1d_update, errors, rms_norm, selective_scan, selective_state_update
-from cobra_kernels.linear import apply_linear, linear
+from cobra_kernels import causal_conv1d, causal_conv1d_update, errors, mamba_inner, rms_norm, selective_scan, selective_state_update
+from cobra_kernels.linear import apply_linear, is_plain, linear
 
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -188,7 +189,8 @@ class Mamba(nn.Module):
     """One Mamba mixer. Constructor, parameters and initialisation as in mamba_ssm.
 
     `A_log`, `D` and `dt_proj.bias` stay fp32 when the module is cast to a half type; `keep_fp32=False` lets them go
-    along. `use_fast_path` is accepted and changes nothing: there is one path here.
+    along. `use_fast_path=False` keeps gradients from going through `mamba_inner`; it is left alone too when a submodule is
+    anything but a plain layer (an adapter, a hook, a parametrization): its own forward is called then.
     """
 
     def __init__(
@@ -294,20 +296,36 @@ class Mamba(nn.Module):
         if state_indices is not None:
             raise errors.ArgumentError(f"Mamba: state_indices is given for seqlen={seqlen}, expected seqlen=1, a state and no cu_seqlens")
 
-        x, z = apply_linear(self.in_proj, hidden_states).transpose(1, 2).chunk(2, dim=1)  # (batch, d_inner, seqlen), channel-last
+        xz = apply_linear(self.in_proj, hidden_states).transpose(1, 2)
+        x, z = xz.chunk(2, dim=1)  # (batch, d_inner, seqlen), channel-last
         conv_state = ssm_state = None
         if state is not None:
             # Autograd saves the initial states, and these buffers are about to change.
             conv_state, ssm_state = (t.clone() for t in state) if torch.is_grad_enabled() else state
 
-        u = causal_conv1d(
-            x,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_states=None if conv_state is None else conv_state[:, :, 1:],
-            activation=self.activation,
-            cu_seqlens=cu_seqlens,
-        )
+        if self._trains_fused(xz):
+            initial = {} if state is None else {"initial_conv_state": conv_state[:, :, 1:], "initial_ssm_state": ssm_state}
+            out = mamba_inner(
+                xz,
+                self.conv1d.weight,
+                self.conv1d.bias,
+                self.x_proj.weight,
+                self.dt_proj.weight,
+                self.out_proj.weight,
+                self.out_proj.bias,
+                self.A(),
+                D=self.D,
+                delta_bias=self.dt_proj.bias,
+                return_states=state is not None,
+                cu_seqlens=cu_seqlens,
+                **initial,
+            )
+            if state is not None:
+                out, _, last_state = out
+                self._keep_state(state, conv_state, x, last_state, cu_seqlens)
+            return out
+
+        u = self._convolve(x, conv_state, cu_seqlens)
         dt, B, C = apply_linear(self.x_proj, u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._delta(dt)  # (batch, seqlen, d_inner)
         y = selective_scan(
@@ -326,9 +344,7 @@ class Mamba(nn.Module):
         )
         if state is not None:
             y, last_state = y
-            with torch.no_grad():
-                state[0].copy_(_last_inputs(conv_state, x, cu_seqlens))
-                state[1].copy_(last_state)
+            self._keep_state(state, conv_state, x, last_state, cu_seqlens)
         return apply_linear(self.out_proj, y.transpose(1, 2))
 
     def step(
@@ -346,14 +362,7 @@ class Mamba(nn.Module):
                 f"Mamba.step: hidden_states has shape {tuple(hidden_states.shape)}, expected (batch, 1, d_model={self.d_model})"
             )
         x, z = apply_linear(self.in_proj, hidden_states.squeeze(1)).chunk(2, dim=-1)  # (batch, d_inner)
-        x = causal_conv1d_update(
-            x,
-            conv_state,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            self.activation,
-            conv_state_indices=state_indices,
-        )
+        x = self._convolve_one(x, conv_state, state_indices)
         dt, B, C = apply_linear(self.x_proj, x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         delta, delta_bias = self._delta(dt)
         y = selective_state_update(
@@ -435,11 +444,65 @@ class Mamba(nn.Module):
 
         return super()._apply(keep, recurse)
 
+    def _trains_fused(self, xz: Tensor) -> bool:
+        """Whether gradients are wanted and every layer that `mamba_inner` stands for is plain, in the forms that it serves."""
+        if not (self.use_fast_path and torch.is_grad_enabled()):
+            return False
+        layers = (self.x_proj, self.dt_proj, self.out_proj)
+        if not (all(is_plain(layer, nn.Linear) for layer in layers) and is_plain(self.conv1d, nn.Conv1d)):
+            return False
+        if self.x_proj.bias is not None:
+            return False
+        parameters = (self.A_log, self.D, self.conv1d.weight, self.conv1d.bias, *(t for m in layers for t in (m.weight, m.bias)))
+        return xz.requires_grad or any(p is not None and p.requires_grad for p in parameters)
+
+    def _convolve(self, x: Tensor, conv_state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """silu(conv1d(x)) of x (batch, d_inner, seqlen), on the inputs that conv_state holds, or zeros."""
+        if is_plain(self.conv1d, nn.Conv1d):
+            return causal_conv1d(
+                x,
+                self.conv1d.weight.squeeze(1),
+                self.conv1d.bias,
+                initial_states=None if conv_state is None else conv_state[:, :, 1:],
+                activation=self.activation,
+                cu_seqlens=cu_seqlens,
+            )
+        # The layer's own forward counts. It pads d_conv - 1 zeros at both ends: its outputs from the first new input on are ours.
+        if cu_seqlens is None:
+            full = x if conv_state is None else torch.cat([conv_state[:, :, 1:].to(x.dtype), x], dim=2)
+            begin = full.shape[2] - x.shape[2]
+            return F.silu(self.conv1d(full)[:, :, begin : begin + x.shape[2]]) if x.shape[2] else x
+        bounds = cu_seqlens.tolist()
+        pieces = [
+            self._convolve(x[:, :, begin:end], None if conv_state is None else conv_state[i : i + 1], None)
+            for i, (begin, end) in enumerate(zip(bounds, bounds[1:]))
+        ]
+        return torch.cat([*pieces, torch.zeros_like(x[:, :, bounds[-1] :])], dim=2)
+
+    def _convolve_one(self, x: Tensor, conv_state: Tensor, state_indices: Tensor | None) -> Tensor:
+        """The same for one input (batch, d_inner), which conv_state takes in, in place."""
+        if is_plain(self.conv1d, nn.Conv1d):
+            weight = self.conv1d.weight.squeeze(1)
+            return causal_conv1d_update(x, conv_state, weight, self.conv1d.bias, self.activation, conv_state_indices=state_indices)
+        taken = slice(None) if state_indices is None else state_indices >= 0
+        rows = taken if state_indices is None else state_indices[taken].long()
+        with torch.no_grad():
+            conv_state[rows] = torch.cat([conv_state[rows][:, :, 1:], x[taken, :, None].to(conv_state.dtype)], dim=2)
+        y = torch.zeros_like(x)
+        y[taken] = F.silu(self.conv1d(conv_state[rows].to(x.dtype))[:, :, self.d_conv - 1]).to(x.dtype)
+        return y
+
+    @staticmethod
+    @torch.no_grad()
+    def _keep_state(state, conv_state: Tensor, x: Tensor, last_state: Tensor, cu_seqlens: Tensor | None) -> None:
+        state[0].copy_(_last_inputs(conv_state, x, cu_seqlens))
+        state[1].copy_(last_state)
+
     def _delta(self, dt: Tensor) -> tuple[Tensor, Tensor | None]:
         """dt (..., dt_rank) -> delta (..., d_inner), and the bias that is still to be added, in fp32, by the scan."""
-        if type(self.dt_proj) is nn.Linear:
+        if is_plain(self.dt_proj, nn.Linear):
             return linear(dt, self.dt_proj.weight), self.dt_proj.bias
-        return self.dt_proj(dt), None  # wrapped by an adapter: its own forward counts
+        return self.dt_proj(dt), None  # an adapter, a hook: its own forward counts
 
     def _check_state(self, state: tuple[Tensor, Tensor], rows: int) -> None:
         expected = ((rows, self.d_inner, self.d_conv), (rows, self.d_inner, self.d_state))

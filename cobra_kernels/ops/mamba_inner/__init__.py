@@ -1,0 +1,3 @@
+from .op import mamba_inner
+
+__all__ = ["mamba_inner"]
