@@ -1,8 +1,7 @@
 // The projector's own passes on a CPU. Each reads its rows once and writes once; threads own rows (bias_gelu) or column
 // tiles of one image (gelu_pool, peg), so every element has one owner.
 #include "common/cpu_level.h"
-#include "common/vec.h"
-#include "projector/projector.h"
+#include "projector/projector_cpu.h"
 
 #include <algorithm>
 #include <vector>
@@ -15,44 +14,6 @@ COBRA_DECLARE_LEVELS(projector_peg, PegParams)
 
 namespace cobra::COBRA_LEVEL {
 namespace {
-
-constexpr int64_t kColumns = 256;  // of a column tile: 1 KB per row in fp32, long enough for the prefetcher
-
-// x * Phi(x), see kPhiTail.
-COBRA_INLINE Vec<float> gelu(Vec<float> x) {
-  const Vec<float> a = abs(x), t = Vec<float>(1.0f) / fma(a, Vec<float>(0.3f), Vec<float>(1.0f));
-  Vec<float> P = kPhiTail.power[0];
-  for (int i = 1; i < 8; ++i) P = fma(P, t, Vec<float>(kPhiTail.power[i]));
-  const Vec<float> tail = exp(a * a * Vec<float>(-0.5f)) * (t * P);  // Phi(-a)
-  return x * where_greater(Vec<float>(0.0f), x, tail, Vec<float>(1.0f) - tail);
-}
-COBRA_INLINE Vec<double> gelu(Vec<double> x) {
-  return each_lane(x, [](double v) { return 0.5 * v * std::erfc(-v * 0.70710678118654752440); });
-}
-
-// A value as it would come back from memory of that dtype.
-template <class T>
-COBRA_INLINE Vec<T> rounded(Vec<T> x, DType dtype) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (dtype == DType::kBFloat16) {
-      bf16 lanes[Vec<T>::kWidth];
-      store(lanes, x);
-      return load(lanes);
-    }
-    if (dtype == DType::kFloat16) {
-      fp16 lanes[Vec<T>::kWidth];
-      store(lanes, x);
-      return load(lanes);
-    }
-  }
-  return x;
-}
-
-// `columns` values in compute precision, staged: the tile is kColumns wide and zero beyond.
-template <class T>
-struct Columns {
-  alignas(kVecBytes) T data[kColumns] = {};
-};
 
 template <class T>
 void bias_gelu(const BiasGeluParams& p, const Parallel& parallel) {

@@ -6,15 +6,24 @@
 
 namespace cobra {
 
-// x Phi(x), see kPhiTail: one exponential, one reciprocal, ten multiply-adds.
-__device__ __forceinline__ float gelu(float x) {
+// Phi(x) and e^(-x^2 / 2), see kPhiTail: one exponential, one reciprocal, nine multiply-adds.
+struct Normal {
+  float phi, bell;
+};
+__device__ __forceinline__ Normal normal(float x) {
   const float a = fabsf(x), t = reciprocal_fast(fmaf(a, 0.3f, 1.f));
   constexpr PhiTail polynomial = kPhiTail;
   float P = polynomial.power[0];
 #pragma unroll
   for (int i = 1; i < 8; ++i) P = fmaf(P, t, polynomial.power[i]);
-  const float tail = exp2_fast(a * a * (-0.5f * kLog2e)) * (t * P);  // Phi(-a)
-  return x * (x < 0.f ? tail : 1.f - tail);
+  const float bell = exp2_fast(a * a * (-0.5f * kLog2e)), tail = bell * (t * P);  // Phi(-a)
+  return {x < 0.f ? tail : 1.f - tail, bell};
+}
+__device__ __forceinline__ float gelu(float x) { return x * normal(x).phi; }
+// d gelu / dx = Phi(x) + x Phi'(x), Phi'(x) = e^(-x^2 / 2) / sqrt(2 pi).
+__device__ __forceinline__ float gelu_slope(float x) {
+  const Normal n = normal(x);
+  return fmaf(x * n.bell, kInverseRootTwoPi, n.phi);
 }
 
 // `v` as it would come back from memory of that dtype.

@@ -16,7 +16,7 @@
 namespace cobra {
 namespace {
 
-constexpr int kStages = 4;
+constexpr int kStages = kLinearStages;
 constexpr int kChunk = 8;  // elements of a 16-byte copy
 
 // A tile's shape, and how its threads copy a step of it.
@@ -38,6 +38,8 @@ struct Tile {
 };
 using WarpTile = Tile<kWarpTile.rows, kWarpTile.cols, kWarpTile.depth, 128>;
 using WarpgroupTile = Tile<kWarpgroupTile.rows, kWarpgroupTile.cols, kWarpgroupTile.depth, 256>;
+
+static_assert(linear_shared_bytes(kWarpTile) == kStages * WarpTile::kStageBytes + kMaxSegments * kWarpTile.rows * int64_t(sizeof(void*)) + 1024);
 
 template <class Tile>
 using RowTable = const void* [kMaxSegments][Tile::kRows];
@@ -134,9 +136,9 @@ __device__ __forceinline__ void finish(const LinearParams& p, int64_t row, int64
     if (p.gelu) v[i] = gelu(v[i]);
   const int64_t offset = row * p.cols + col;
   if (p.cols % 4 == 0) {
-    store_floats(p.y, p.dtype, offset, v);
+    store_floats(p.y, p.y_dtype, offset, v);
   } else {
-    for (int i = 0; i < 4 && col + i < p.cols; ++i) store_float(p.y, p.dtype, offset + i, v[i]);
+    for (int i = 0; i < 4 && col + i < p.cols; ++i) store_float(p.y, p.y_dtype, offset + i, v[i]);
   }
 }
 
@@ -335,12 +337,13 @@ int projector_linear_cuda(const LinearParams& p, void* stream) {
 }
 
 LinearDevice projector_linear_device_cuda() {
-  LinearDevice found{1, false};
+  LinearDevice found{1, 0, false};
 #if defined(__CUDACC__)
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&found.multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&found.shared_bytes_per_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
-    return {1, false};
+    return {1, 0, false};
   // The code that this GPU runs must come from the sm_90a image: what it compiles itself from the PTX of another is an empty kernel.
   cudaFuncAttributes code{};
   found.warpgroups = major == 9 && cudaFuncGetAttributes(&code, projector_linear_warpgroups_kernel<__half>) == cudaSuccess && code.ptxVersion >= 90;

@@ -1,7 +1,7 @@
 """The projector's kernels on numpy arrays: cases, and one function that checks a case (see room_rms_norm.py).
 
-Two kinds of case: the passes around a matrix product, on both devices, and the linear layer, whose kernel is a GPU's; on "cpu" its
-cases check how the work is shared out."""
+Three kinds of case: the passes around a matrix product and their backward, on both devices, and the linear layer, whose kernel is a
+GPU's; on "cpu" its cases check how the work is shared out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 from tests.simt import harness
 from tests.simt.harness import Tensor, check_close
 
+# KB of shared memory of a multiprocessor, and blocks of the warps' kernel (4 stages of 16 KB and a table) that it holds.
+ARCHITECTURES = {"sm_80": (164, 2), "sm_86": (100, 1), "sm_89": (100, 1), "sm_90a": (228, 2), "sm_100": (228, 2), "sm_120": (100, 1)}
 TILES = {False: (128, 128, 32, 2), True: (128, 256, 64, 1)}  # warpgroups: rows, columns, depth, blocks (csrc/projector/projector.h)
 
 
@@ -52,10 +54,64 @@ class Linear(NamedTuple):
     layout: str = "contiguous"
     infinite: bool = False  # an infinite weight where the second segment begins
     warpgroups: bool = False
+    unrounded: bool = False  # the result is fp32
 
     @property
     def id(self) -> str:
         return identity(self, "linear-")
+
+
+class Gelu(NamedTuple):
+    """The backward of bias and GELU: the base case; each row of GELUS varies one thing."""
+
+    lead: tuple[int, ...] = (37,)
+    cols: int = 40
+    dtype: str = "fp32"  # of what arrives
+    bias_dtype: str | None = ""  # None: no bias
+    dz_dtype: str | None = ""  # None: not wanted
+    dbias_dtype: str | None = ""  # None: not wanted
+    sums: bool = True  # False: no GELU
+    layout: str = "contiguous"
+    max_grid_x: int = 0
+
+    @property
+    def id(self) -> str:
+        return identity(self, "gelu_bwd-")
+
+
+class Pool(NamedTuple):
+    """The backward of bias, GELU and pool."""
+
+    batch: int = 2
+    grid: tuple[int, int] = (5, 7)
+    out_grid: tuple[int, int] = (3, 4)
+    channels: int = 40
+    dtype: str = "fp32"
+    dz_dtype: str | None = ""
+    dbias_dtype: str | None = ""
+    max_grid_x: int = 0
+
+    @property
+    def id(self) -> str:
+        return identity(self, "pool_bwd-")
+
+
+class Peg(NamedTuple):
+    """The backward of the encoding."""
+
+    batch: int = 2
+    grid: tuple[int, int] = (3, 4)
+    channels: int = 40
+    dtype: str = "fp32"
+    weight_dtype: str = ""
+    wanted: str = "dp dweight dbias dp_bias"
+    p_bias: bool = True
+    layout: str = "contiguous"
+    max_grid_x: int = 0
+
+    @property
+    def id(self) -> str:
+        return identity(self, "peg_bwd-")
 
 
 PASSES = [
@@ -87,6 +143,7 @@ OF_WARPS = [
     *(Linear(lead=(5, 3, 3), layout=x) for x in ("padded", "transposed", "expanded")),
     Linear(lead=(2, 70), layout="padded", cols=130, split=2, whole_tiles=2),
     Linear(infinite=True, gelu=False, widths=(40, 24)),
+    *(Linear(unrounded=True, gelu=False, cols=cols, split=s) for cols, s in ((72, 1), (70, 1), (72, 2))),
 ]  # fmt: skip
 # The same for tiles of 128 x 256 and steps of 64 channels; what the two kernels share is not repeated.
 OF_WARPGROUPS = [case._replace(warpgroups=True) for case in (
@@ -101,9 +158,49 @@ OF_WARPGROUPS = [case._replace(warpgroups=True) for case in (
     Linear(infinite=True, gelu=False, widths=(40, 24)),
 )]  # fmt: skip
 LINEARS = [*OF_WARPS, *OF_WARPGROUPS]
-CASES = [*PASSES, *LINEARS]
+# Vectors of 8 and single channels, every tail of a CPU's vectors and column tiles, blocks of rows on both sides of 16 and of 128 * 16.
+GELUS = [
+    Gelu(),
+    *(Gelu(cols=c) for c in (0, 1, 7, 8, 17, 255, 256, 257, 1032)),
+    *(Gelu(lead=(rows,), cols=c) for rows in (0, 1, 15, 16, 17, 33) for c in (8, 9)),
+    Gelu(lead=(2100,), cols=8),
+    Gelu(lead=(2100,), cols=3),
+    *(Gelu(dtype=d, dz_dtype=z, dbias_dtype=b, bias_dtype=b) for d, z, b in (
+        ("bf16", "", ""), ("fp16", "", ""), ("fp64", "", ""), ("fp32", "bf16", "fp16"), ("fp32", "fp16", "bf16"), ("bf16", "fp32", "fp32"))),
+    Gelu(bias_dtype=None),
+    *(Gelu(dz_dtype=z, dbias_dtype=b, cols=c) for z, b in ((None, ""), ("", None), (None, None)) for c in (40, 41)),
+    *(Gelu(lead=(5, 6), layout=x, sums=s, bias_dtype="" if s else None, cols=c, dtype=d)
+      for x in ("padded", "transposed", "sliced", "unaligned", "strided", "expanded") for s, c, d in ((False, 24, "bf16"), (True, 33, "fp32"))),
+    Gelu(sums=False, bias_dtype=None, dz_dtype=None),
+    *(Gelu(lead=(70,), cols=c, max_grid_x=2) for c in (40, 41)),
+]  # fmt: skip
+POOLS = [
+    Pool(),
+    *(Pool(channels=c) for c in (0, 1, 8, 17, 257)),
+    *(Pool(grid=g, out_grid=o, channels=c) for g, o, c in (((1, 1), (1, 1), 17), ((1, 1), (3, 2), 17), ((2, 3), (5, 5), 16), ((1, 9), (1, 4), 17),
+                                                           ((5, 7), (5, 7), 8), ((8, 8), (4, 4), 9), ((9, 9), (1, 1), 8), ((3, 4), (7, 9), 8),
+                                                           ((27, 27), (14, 14), 8))),
+    *(Pool(batch=b) for b in (0, 1)),
+    *(Pool(dtype=d) for d in ("bf16", "fp16", "fp64")),
+    *(Pool(dz_dtype=z, dbias_dtype=b) for z, b in ((None, ""), ("", None), ("bf16", "fp16"))),
+    *(Pool(channels=c, max_grid_x=3) for c in (17, 40)),
+]  # fmt: skip
+PEGS = [
+    Peg(),
+    *(Peg(channels=c) for c in (0, 1, 4, 17, 255, 257)),
+    Peg(channels=260, grid=(2, 2), dtype="bf16"),
+    *(Peg(grid=g, channels=c) for g in ((1, 1), (1, 7), (7, 1), (2, 2), (14, 14)) for c in (8, 9)),
+    *(Peg(batch=b, channels=c) for b in (0, 1, 140) for c in (4, 5)),
+    *(Peg(dtype=d, weight_dtype=w) for d, w in (("bf16", ""), ("fp16", ""), ("fp64", ""), ("bf16", "fp32"), ("fp32", "fp16"))),
+    *(Peg(wanted=w, channels=c) for w in ("dp", "dweight", "dbias", "dp_bias", "dp dp_bias", "dweight dbias", "") for c in (8, 9)),
+    Peg(p_bias=False),
+    *(Peg(layout=x, dtype=d) for x in ("padded", "transposed", "sliced", "unaligned", "strided", "expanded") for d in ("fp32", "bf16")),
+    *(Peg(channels=c, max_grid_x=2) for c in (40, 41)),
+]  # fmt: skip
+BACKWARD = [*GELUS, *POOLS, *PEGS]
+CASES = [*PASSES, *BACKWARD, *LINEARS]
 # A matrix product is 500 times slower under a sanitizer than on its own: one case of each path.
-SANITIZED = [*PASSES, *(c for c in OF_WARPS if c.lead[0] * c.cols <= 37 * 72 and sum(c.widths) <= 104), OF_WARPS[-2],
+SANITIZED = [*PASSES, *(c for i, c in enumerate(BACKWARD) if i % 3 == 0 or getattr(c, "layout", "contiguous") != "contiguous"), *(c for c in OF_WARPS if c.lead[0] * c.cols <= 37 * 72 and sum(c.widths) <= 104), OF_WARPS[-2],
              *(OF_WARPGROUPS[i] for i in (0, 2, 9, 15, 19))]  # fmt: skip
 
 
@@ -126,9 +223,25 @@ def peg(p: np.ndarray, weight: np.ndarray, bias: np.ndarray | float, grid: tuple
     return p + (sum(taps) + bias).reshape(p.shape)
 
 
-def check(host, case: Case | Linear, device: str) -> None:
-    if isinstance(case, Case):
-        check_passes(host, case, device)
+def gelu_slope(x: np.ndarray) -> np.ndarray:
+    return np.array([0.5 * math.erfc(-v / math.sqrt(2)) + v * math.exp(-0.5 * v * v) / math.sqrt(2 * math.pi) for v in x.ravel()]).reshape(x.shape)
+
+
+def pool_matrix(n: int, m: int) -> np.ndarray:
+    """(m, n): row i is the mean over bin i."""
+    matrix = np.zeros((m, n))
+    for i in range(m):
+        begin, end = i * n // m, -(-(i + 1) * n // m)
+        matrix[i, begin:end] = 1 / (end - begin)
+    return matrix
+
+
+def check(host, case: NamedTuple, device: str) -> None:
+    if getattr(case, "dtype", "") == "fp64" and device == "cuda":
+        return  # served by the CPU only
+    checks = {Case: check_passes, Gelu: check_gelu_bwd, Pool: check_pool_bwd, Peg: check_peg_bwd}
+    if type(case) in checks:
+        checks[type(case)](host, case, device)
     elif device == "cuda":
         check_linear(host, case)
     else:
@@ -137,8 +250,6 @@ def check(host, case: Case | Linear, device: str) -> None:
 
 def check_passes(host, case: Case, device: str) -> None:
     """The three passes of one case against fp64, inputs unchanged, guards whole, outputs written."""
-    if device == "cuda" and case.dtype == "fp64":
-        return  # served by the CPU only
     rng = np.random.default_rng(0)
     tokens, round_dtype = case.grid[0] * case.grid[1], case.round_dtype or case.dtype
     limit = harness.OUTPUT[round_dtype]
@@ -192,7 +303,7 @@ def check_linear(host, case: Linear) -> None:
         values[0, case.widths[0]] = np.inf
     weight = Tensor((case.cols, depth), case.dtype, "padded" if case.layout == "padded" else "contiguous", values)
     bias = None if case.bias_dtype is None else Tensor((case.cols,), case.bias_dtype, "strided", rng.standard_normal(case.cols))
-    y = Tensor((rows, case.cols), case.dtype)
+    y = Tensor((rows, case.cols), "fp32" if case.unrounded else case.dtype)
 
     tile_rows, tile_cols, _, _ = TILES[case.warpgroups]
     tiles = -(-rows // tile_rows) * -(-case.cols // tile_cols)
@@ -210,7 +321,7 @@ def check_linear(host, case: Linear) -> None:
     expected = flat @ weight.values().T + (bias.values() if bias else 0)
     if case.infinite:
         expected[:, 0] = 0
-    check_close(y, gelu(expected) if case.gelu else expected, harness.OUTPUT[case.dtype], "linear")
+    check_close(y, gelu(expected) if case.gelu else expected, harness.OUTPUT[y.dtype], "linear")
     if workspace:
         workspace.check_guards("workspace")
         assert not np.isnan(workspace.values()).any(), "the kernel left part of the workspace unwritten"
@@ -222,22 +333,101 @@ def check_linear(host, case: Linear) -> None:
 
 
 def check_plan(host, case: Linear) -> None:
-    """How the layer's tiles are shared out on GPUs of several sizes: every tile once, parts of at least four steps, a workspace that
+    """How the layer's tiles are shared out on the GPU of each architecture: every tile once, parts of at least four steps, a workspace that
     holds them; and a plan that takes fewer rounds than none."""
     rows, (tile_rows, tile_cols, depth, blocks) = int(np.prod(case.lead)), TILES[case.warpgroups]
     for factor in (1, 40):
-        for multiprocessors in (1, 3, 132):
+        for multiprocessors, (name, (shared_kb, held)) in zip((1, 3, 84, 132, 148, 170), ARCHITECTURES.items()):
             m, n, widths = rows * factor, case.cols * factor, [width * factor for width in case.widths]
             steps = sum(-(-width // depth) for width in widths)
             tiles = -(-m // tile_rows) * -(-n // tile_cols)
-            whole, split, elements = host.projector_linear_plan(m, n, widths, multiprocessors, case.warpgroups)
-            left, places = tiles - whole, blocks * multiprocessors
+            whole, split, elements, places = host.projector_linear_plan(m, n, widths, multiprocessors, shared_kb << 10, case.warpgroups)
+            left = tiles - whole
+            assert places == multiprocessors * min(blocks, held), name
             assert 0 <= whole <= tiles and elements == (left * split * tile_rows * tile_cols if split > 1 else 0)
             if split == 1:
                 assert left == 0
             else:
                 assert whole % places == 0 and 0 < left < places and steps >= 4 * split
                 assert -(-left * split // places) * -(-steps // split) < steps
+
+
+def check_gelu_bwd(host, case: Gelu, device: str) -> None:
+    """dz and dbias of one case against fp64, and what is not wanted left alone."""
+    rng = np.random.default_rng(0)
+    compute, rows = "fp64" if case.dtype == "fp64" else "fp32", int(np.prod(case.lead))
+    d = Tensor((*case.lead, case.cols), case.dtype, case.layout, rng.standard_normal((*case.lead, case.cols)))
+    sums = Tensor((rows, case.cols), compute, "contiguous", 2 * rng.standard_normal((rows, case.cols))) if case.sums else None
+    bias = None if case.bias_dtype is None else Tensor((case.cols,), case.bias_dtype or case.dtype, "strided", rng.standard_normal(case.cols))
+    expected = d.values().reshape(rows, case.cols)
+    if sums:
+        expected = expected * gelu_slope(sums.values() + (bias.values() if bias else 0))
+    check_sums_of_rows(host, case, device, d, sums, bias, [], expected, compute)
+
+
+def check_pool_bwd(host, case: Pool, device: str) -> None:
+    rng = np.random.default_rng(0)
+    compute = "fp64" if case.dtype == "fp64" else "fp32"
+    (height, width), (h, w) = case.grid, case.out_grid
+    d = Tensor((case.batch, h * w, case.channels), case.dtype, "contiguous", rng.standard_normal((case.batch, h * w, case.channels)))
+    shape = (case.batch, height * width, case.channels)
+    sums = Tensor(shape, compute, "contiguous", 2 * rng.standard_normal(shape))
+    bias = Tensor((case.channels,), case.dtype, "strided", rng.standard_normal(case.channels))
+    spread = np.einsum("bijc,iy,jx->byxc", d.values().reshape(case.batch, h, w, case.channels), pool_matrix(height, h), pool_matrix(width, w))
+    expected = spread.reshape(shape) * gelu_slope(sums.values() + bias.values())
+    check_sums_of_rows(host, case, device, d, sums, bias, [height, width, h, w], expected.reshape(shape[0] * shape[1], shape[2]), compute)
+
+
+def check_sums_of_rows(host, case: Gelu | Pool, device: str, d, sums, bias, grid, expected, compute) -> None:
+    rows, cols = expected.shape
+    dz = None if case.dz_dtype is None else Tensor((rows, cols), case.dz_dtype or case.dtype)
+    dbias = None if case.dbias_dtype is None else Tensor((cols,), case.dbias_dtype or case.dtype)
+    partial = Tensor((host.projector_sum_blocks(rows, 16) if dbias else 0, cols), compute)
+    host.projector_gelu_bwd(device, d.array, sums and sums.array, bias and bias.array, grid, dz and dz.array, dbias and dbias.array, partial.array)
+    for name, got, want in (("dz", dz, expected), ("dbias", dbias, expected.sum(0))):
+        if got:
+            check_close(got, want, harness.GRADIENT[got.dtype], name)
+    partial.check_guards("partial")
+    for name, tensor in {"d": d, "sums": sums, "bias": bias}.items():
+        if tensor:
+            tensor.check_unchanged(name)
+
+
+def check_peg_bwd(host, case: Peg, device: str) -> None:
+    """dp, dweight, dbias, dp_bias of one case against fp64, by fp64 sums over the padded grid."""
+    rng = np.random.default_rng(0)
+    compute, weight_dtype, wanted = "fp64" if case.dtype == "fp64" else "fp32", case.weight_dtype or case.dtype, case.wanted.split()
+    (height, width), channels = case.grid, case.channels
+    shape = (case.batch, height * width, channels)
+    dy = Tensor(shape, case.dtype, case.layout, rng.standard_normal(shape))
+    sums = Tensor(shape, compute, "contiguous", rng.standard_normal(shape)) if "dweight" in wanted else None
+    p_bias = Tensor((channels,), case.dtype, "strided", rng.standard_normal(channels)) if case.p_bias else None
+    weight = Tensor((channels, 1, 3, 3), weight_dtype, "contiguous", rng.standard_normal((channels, 1, 3, 3)))
+    sizes = {"dp": shape, "dweight": weight.array.shape, "dbias": (channels,), "dp_bias": (channels,)}
+    out = {name: Tensor(size, case.dtype if name == "dp" else weight_dtype) if name in wanted else None for name, size in sizes.items()}
+    lines = 11 if "dweight" in wanted else 2 if {"dbias", "dp_bias"} & set(wanted) else 0
+    blocks = host.projector_sum_blocks(case.batch * height, 1 if device == "cuda" else height)
+    partial = Tensor((lines, blocks, channels), compute)
+    host.projector_peg_bwd(device, dy.array, sums and sums.array, p_bias and p_bias.array, weight.array, height, width,
+                           *(t and t.array for t in out.values()), partial.array)  # fmt: skip
+
+    image = dy.values().reshape(case.batch, height, width, channels)
+    around = np.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    dp, dweight = image.copy(), np.zeros((channels, 1, 3, 3))
+    p = (sums.values() if sums else np.zeros(shape)) + (p_bias.values() if p_bias else 0)
+    for i in range(3):
+        for j in range(3):
+            seen = around[:, 2 - i : 2 - i + height, 2 - j : 2 - j + width]  # dy at (y + 1 - i, x + 1 - j), 0 outside
+            dp += weight.values()[:, 0, i, j] * seen
+            dweight[:, 0, i, j] = (seen * p.reshape(image.shape)).sum((0, 1, 2))
+    expected = {"dp": dp.reshape(shape), "dweight": dweight, "dbias": image.sum((0, 1, 2)), "dp_bias": dp.sum((0, 1, 2))}
+    for name, got in out.items():
+        if got:
+            check_close(got, expected[name], harness.GRADIENT[got.dtype], name)
+    partial.check_guards("partial")
+    for name, tensor in {"dy": dy, "sums": sums, "p_bias": p_bias, "weight": weight}.items():
+        if tensor:
+            tensor.check_unchanged(name)
 
 
 def check_large_strides(host, device: str) -> None:
@@ -251,6 +441,17 @@ def check_large_strides(host, device: str) -> None:
     host.projector_peg(device, p, weight, far[:, 0], 2, 2, y)
     expected = peg(p.astype(np.float64), weight.astype(np.float64), far[:, 0].astype(np.float64), (2, 2))
     assert np.linalg.norm(y - expected) <= 1e-6 * np.linalg.norm(expected)
+
+    dy = far[:, :channels].reshape(1, 3, channels)  # tokens far apart
+    dp, dbias = np.full((1, 3, channels), np.nan, np.float32), np.full(channels, np.nan, np.float32)
+    tap = np.zeros((channels, 1, 3, 3), np.float32)
+    tap[:, 0, 1, 1] = 1
+    partial = np.empty((2, host.projector_sum_blocks(3, 1 if device == "cuda" else 3), channels), np.float32)
+    host.projector_peg_bwd(device, dy, None, None, tap, 3, 1, dp, None, dbias, None, partial)
+    assert np.array_equal(dp, 2 * dy.astype(np.float32)) and np.allclose(dbias, dy.astype(np.float64).sum((0, 1)), atol=1e-6)
+    dz = np.full((3, 9), np.nan, np.float32)
+    host.projector_gelu_bwd(device, far, None, None, [], dz, None, np.empty((0, 9), np.float32))
+    assert np.array_equal(dz, far.astype(np.float32))
     if device == "cpu":
         return
     x, w, out = harness.sparse_rows(3, 8, step), harness.sparse_rows(4, 8, step), np.full((3, 4), np.nan, np.float16)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from ...library import OPS, define
 from ...linear import MIN_PRODUCTS
+from .backward import compute_dtype
 
 
 def _nothing(*arguments) -> None:
@@ -27,6 +28,33 @@ def _peg_fake(pooled, weight, bias, height, width, out_dtype):
     return torch.empty_like(pooled, dtype=out_dtype)
 
 
+def _result(like: torch.Tensor, dtype: torch.dtype | None, shape) -> torch.Tensor:
+    return like.new_empty(0) if dtype is None else like.new_empty(shape, dtype=dtype)
+
+
+def _bias_gelu_fake(h, bias, round_dtype, dtype):
+    return torch.empty_like(h, dtype=dtype)
+
+
+def _gelu_bwd_fake(d, sums, bias, dz_dtype, dbias_dtype):
+    rows, cols = d.shape[:-1].numel(), d.shape[-1]
+    return _result(d, dz_dtype, (rows, cols)), _result(d, dbias_dtype, (cols,))
+
+
+def _gelu_pool_bwd_fake(dpooled, sums, bias, height, width, out_height, out_width, dz_dtype, dbias_dtype):
+    batch, _, cols = dpooled.shape
+    return _result(dpooled, dz_dtype, (batch * height * width, cols)), _result(dpooled, dbias_dtype, (cols,))
+
+
+def _peg_bwd_fake(dy, sums, p_bias, weight, height, width, dp_dtype, dweight_dtype, dbias_dtype, dp_bias_dtype):
+    channels = dy.shape[2]
+    return (
+        _result(dy, dp_dtype, dy.shape), _result(dy, dweight_dtype, weight.shape), _result(dy, dbias_dtype, (channels,)),
+        _result(dy, dp_bias_dtype, (channels,)),
+    )  # fmt: skip
+
+
+# Those without a GPU's implementation are the CPU's own: "projector_bias_gelu_" and "projector_gelu_pool".
 define("projector_bias_gelu_(Tensor(a!) h, Tensor? bias, ScalarType round_dtype) -> ()", _nothing)
 define(
     "projector_gelu_pool(Tensor hidden, Tensor? bias, SymInt height, SymInt width, SymInt out_height, SymInt out_width, "
@@ -34,6 +62,22 @@ define(
     _pool_fake,
 )
 define("projector_peg(Tensor pooled, Tensor weight, Tensor? bias, SymInt height, SymInt width, ScalarType out_dtype) -> Tensor", _peg_fake)
+define("projector_bias_gelu(Tensor h, Tensor? bias, ScalarType round_dtype, ScalarType dtype) -> Tensor", _bias_gelu_fake)
+# A dtype that is None: the result is not wanted, and empty.
+define(
+    "projector_gelu_bwd(Tensor d, Tensor? sums, Tensor? bias, ScalarType? dz_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor)",
+    _gelu_bwd_fake,
+)
+define(
+    "projector_gelu_pool_bwd(Tensor dpooled, Tensor sums, Tensor? bias, SymInt height, SymInt width, SymInt out_height, SymInt out_width, "
+    "ScalarType? dz_dtype, ScalarType? dbias_dtype) -> (Tensor, Tensor)",
+    _gelu_pool_bwd_fake,
+)
+define(
+    "projector_peg_bwd(Tensor dy, Tensor? sums, Tensor? p_bias, Tensor weight, SymInt height, SymInt width, ScalarType? dp_dtype, "
+    "ScalarType? dweight_dtype, ScalarType? dbias_dtype, ScalarType? dp_bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _peg_bwd_fake,
+)
 
 
 @functools.cache
@@ -43,13 +87,9 @@ def _has_bf16_products() -> bool:
     return bool(supported and supported())
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _product_dtype(features, weights, biases) -> torch.dtype:
     all_bf16 = all(t is None or t.dtype == torch.bfloat16 for t in (*features, *weights, *biases))
-    return torch.bfloat16 if all_bf16 and _has_bf16_products() else _compute_dtype(features[0].dtype)
+    return torch.bfloat16 if all_bf16 and _has_bf16_products() else compute_dtype(features[0].dtype)
 
 
 def _as(tensor: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
@@ -67,6 +107,11 @@ def _has_onednn() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+def _dense(t: torch.Tensor) -> torch.Tensor:
+    """A matrix or its transpose without gaps. oneDNN's code for others, such as a slice of columns, took a thousand times longer."""
+    return t if t.is_contiguous() or t.t().is_contiguous() else t.contiguous()
+
+
 def _product(x, weight, bias=None, gelu: bool = False):
     """x @ weight^T (+ bias, then GELU, before the one rounding to x's dtype). Straight to oneDNN where it can: F.linear in fp32
     goes to MKL, which uses AVX2 at most on processors of other makers and takes twice the time where there is AVX-512."""
@@ -75,7 +120,7 @@ def _product(x, weight, bias=None, gelu: bool = False):
         h = F.linear(x, weight, bias)
         return F.gelu(h) if gelu else h
     activation, algorithm = ("gelu", "none") if gelu else ("none", "")
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, activation, [], algorithm)
+    return torch.ops.mkldnn._linear_pointwise(_dense(x), _dense(weight), bias, activation, [], algorithm)
 
 
 @torch.no_grad()
@@ -103,74 +148,31 @@ def ldp_projector_fwd(features, weights, biases, peg_weight, peg_bias, grid, out
     return OPS.projector_peg.default(p.view(batch, pooled.shape[1], w2.shape[0]), peg_weight, peg_bias, *out_grid, dtype)
 
 
-# --- gradients: the forward again, then the same products transposed, all in the compute dtype -------------------------
+# --- for backward.py: all products in the compute dtype ------------------------------------------------------------------
+
+gelu_bwd, gelu_pool_bwd, peg_bwd = (OPS.projector_gelu_bwd.default, OPS.projector_gelu_pool_bwd.default, OPS.projector_peg_bwd.default)
 
 
-def _wanted(gradients: dict, tensors, wanted) -> list[torch.Tensor]:
-    """gradients[i]() for each wanted tensor, in its dtype and shape."""
-    return [gradients[i]().to(t.dtype).reshape(t.shape).contiguous() for i, t in enumerate(tensors) if wanted[i]]
+def product_dtype(features, weights) -> torch.dtype:
+    """Not bf16, even where the processor multiplies it: gradients would be rounded once more in every layer."""
+    return compute_dtype(features[0].dtype)
 
 
-def _feature_gradients(g, weight, features) -> dict:
-    """{k: gradient of features[k]}: a copy of its columns of g @ weight, which is computed once and only if asked for."""
-    product = functools.cache(lambda: torch.mm(g, weight))
-    gradients, column = {}, 0
-    for k, feature in enumerate(features):
-        gradients[k] = functools.partial(lambda at, width: product()[:, at : at + width].clone(), column, feature.shape[-1])
-        column += feature.shape[-1]
-    return gradients
+def inputs(features, dtype: torch.dtype) -> list[torch.Tensor]:
+    return [_rows(features, dtype)]
 
 
-@torch.no_grad()
-def mlp_projector_bwd(dy, features, weights, biases, wanted):
-    dtype, compute, n = features[0].dtype, _compute_dtype(features[0].dtype), len(weights)
-    w, b = [_as(t, compute) for t in weights], [_as(t, compute) for t in biases]
-    inputs, sums = [_rows(features, compute)], []  # of every layer: what it reads; its output before the GELU
-    for i in range(n - 1):
-        sums.append(F.linear(inputs[i], w[i], b[i]))
-        inputs.append(F.gelu(sums[i]).to(dtype).to(compute))
-
-    g = dy.reshape(-1, w[-1].shape[0]).to(compute)
-    gradients, at_weights = {}, len(features)
-    for i in reversed(range(n)):
-        gradients[at_weights + i] = functools.partial(lambda g, x: torch.mm(g.t(), x), g, inputs[i])
-        gradients[at_weights + n + i] = functools.partial(torch.sum, g, 0)
-        if i > 0:
-            g = torch.ops.aten.gelu_backward(torch.mm(g, w[i]), sums[i - 1])
-    gradients |= _feature_gradients(g, w[0], features)
-    return _wanted(gradients, [*features, *weights, *biases], wanted)
+def sums(x: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    return _product(x[0], weight)
 
 
-@torch.no_grad()
-def ldp_projector_bwd(dy, features, weights, biases, peg_weight, peg_bias, grid, out_grid, wanted):
-    dtype, compute, batch = features[0].dtype, _compute_dtype(features[0].dtype), features[0].shape[0]
-    (w1, w2), (b1, b2) = ([_as(t, compute) for t in pair] for pair in (weights, biases))
-    out = w2.shape[0]
+def times(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _as(_product(a, b.t()), dtype)
 
-    def as_grid(t, size):  # (batch, tokens, c) or (rows, c) -> (batch, c, height, width)
-        return t.reshape(batch, size[0] * size[1], t.shape[-1]).transpose(1, 2).reshape(batch, t.shape[-1], *size)
 
-    def as_rows(t):  # back to (rows, c)
-        return t.flatten(2).transpose(1, 2).reshape(-1, t.shape[1])
+def gelu(sums: torch.Tensor, bias, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    return OPS.projector_bias_gelu.default(sums, bias, dtype, operand)
 
-    x = _rows(features, compute)
-    s = F.linear(x, w1, b1)
-    active = as_grid(F.gelu(s), grid)
-    pooled = as_rows(F.adaptive_avg_pool2d(active, out_grid)).to(dtype).to(compute)
-    p = as_grid(F.linear(pooled, w2, b2), out_grid)
 
-    dy = as_grid(dy.to(compute), out_grid)
-    one, zero = [1, 1], [0, 0]
-    dp, dpeg_weight, dpeg_bias = torch.ops.aten.convolution_backward(
-        dy, p, _as(peg_weight, compute), [out], one, one, one, False, zero, out, [True, True, True]
-    )
-    dp = as_rows(dp + dy)
-    dactive = torch.ops.aten._adaptive_avg_pool2d_backward(as_grid(torch.mm(dp, w2), out_grid), active)
-    g = torch.ops.aten.gelu_backward(as_rows(dactive), s)
-
-    k = len(features)
-    gradients = _feature_gradients(g, w1, features)
-    gradients[k], gradients[k + 1] = lambda: torch.mm(g.t(), x), lambda: torch.mm(dp.t(), pooled)
-    gradients[k + 2], gradients[k + 3] = lambda: g.sum(0), lambda: dp.sum(0)
-    gradients[k + 4], gradients[k + 5] = lambda: dpeg_weight, lambda: dpeg_bias
-    return _wanted(gradients, [*features, *weights, *biases, peg_weight, peg_bias], wanted)
+def gelu_pool(sums: torch.Tensor, bias, height, width, out_height, out_width, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    return OPS.projector_gelu_pool.default(sums, bias, height, width, out_height, out_width, dtype)  # in the dtype of sums: `operand`

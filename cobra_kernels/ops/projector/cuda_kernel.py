@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ...library import OPS, define
+from . import products
+from .products import as_dtype
 
 MAX_SEGMENTS, MAX_DIMS = 4, 7  # of csrc/projector/projector.h and csrc/common/rows.h
 
@@ -24,20 +26,17 @@ LIBRARY_ROWS = {(10, 0): 1, (10, 3): 1}
 PRODUCT: str | None = None
 
 
-def _linear_fake(x, weight, bias, gelu, warps):
-    return weight.new_empty((*x[0].shape[:-1], weight.shape[0]))
-
-
-def _bias_gelu_fake(h, bias, dtype):
-    return torch.empty_like(h, dtype=dtype)
+def _linear_fake(x, weight, bias, gelu, warps, dtype=None):
+    return weight.new_empty((*x[0].shape[:-1], weight.shape[0]), dtype=dtype or weight.dtype)
 
 
 def _pool_fake(hidden, bias, height, width, out_height, out_width, gelu, dtype):
     return hidden.new_empty((hidden.shape[0], out_height * out_width, hidden.shape[2]), dtype=dtype)
 
 
-define("projector_linear(Tensor[] x, Tensor weight, Tensor? bias, bool gelu, bool warps) -> Tensor", _linear_fake)
-define("projector_bias_gelu(Tensor h, Tensor? bias, ScalarType dtype) -> Tensor", _bias_gelu_fake)
+define(
+    "projector_linear(Tensor[] x, Tensor weight, Tensor? bias, bool gelu, bool warps, ScalarType? dtype=None) -> Tensor", _linear_fake
+)
 define(
     "projector_pool(Tensor hidden, Tensor? bias, SymInt height, SymInt width, SymInt out_height, SymInt out_width, bool gelu, "
     "ScalarType dtype) -> Tensor",
@@ -79,10 +78,6 @@ def _by_kernel(x: list[torch.Tensor], weight: torch.Tensor) -> bool:
     return PRODUCT in ("kernel", "warps") or x[0].shape[:-1].numel() < LIBRARY_ROWS.get(_capability(weight.device), 1 << 62)
 
 
-def _as(t: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    return t if t is None or t.dtype == dtype else t.to(dtype)
-
-
 def _whole(x: list[torch.Tensor]) -> torch.Tensor:
     """(rows, in)."""
     whole = x[0] if len(x) == 1 else torch.cat(x, -1)
@@ -93,7 +88,7 @@ def _sums(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T in fp32, (rows, out): not rounded before bias and GELU."""
     if x.dtype != torch.float32 and x.dtype == weight.dtype and x.numel() and weight.numel():
         return torch.ops.aten.mm.dtype(x, weight.t(), torch.float32)
-    return F.linear(_as(x, torch.float32), _as(weight, torch.float32))
+    return F.linear(as_dtype(x, torch.float32), as_dtype(weight, torch.float32))
 
 
 def _linear(x: list[torch.Tensor], weight, bias, gelu: bool) -> torch.Tensor:
@@ -102,10 +97,10 @@ def _linear(x: list[torch.Tensor], weight, bias, gelu: bool) -> torch.Tensor:
         return OPS.projector_linear.default(x, weight, bias, gelu, PRODUCT == "warps")
     dtype, lead, x = x[0].dtype, x[0].shape[:-1], _whole(x)
     if gelu:
-        y = OPS.projector_bias_gelu.default(_sums(x, weight), bias, dtype)
+        y = OPS.projector_bias_gelu.default(_sums(x, weight), bias, dtype, dtype)
     else:
         compute = dtype if weight.dtype == dtype and (bias is None or bias.dtype == dtype) else torch.float32
-        y = _as(F.linear(_as(x, compute), _as(weight, compute), _as(bias, compute)), dtype)
+        y = as_dtype(F.linear(as_dtype(x, compute), as_dtype(weight, compute), as_dtype(bias, compute)), dtype)
     return y.view(*lead, weight.shape[0])
 
 
@@ -129,3 +124,25 @@ def ldp_projector_fwd(features, weights, biases, peg_weight, peg_bias, grid, out
         pooled = OPS.projector_pool.default(h, b1, *grid, *out_grid, True, dtype)
     p = _linear([pooled], w2, b2, gelu=False)  # (batch, h*w, out)
     return OPS.projector_peg.default(p, peg_weight, peg_bias, *out_grid, dtype)
+
+
+# --- for backward.py ---------------------------------------------------------------------------------------------------
+
+gelu_bwd, gelu_pool_bwd, peg_bwd = (OPS.projector_gelu_bwd.default, OPS.projector_gelu_pool_bwd.default, OPS.projector_peg_bwd.default)
+product_dtype, inputs, times = products.product_dtype, products.inputs, products.times
+
+
+def sums(x: list[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
+    """By our kernel where it serves: it reads the features side by side, and hands over fp32."""
+    weight = as_dtype(weight, x[0].dtype)
+    if _by_kernel(x, weight):
+        return OPS.projector_linear.default(x, weight, None, False, PRODUCT == "warps", torch.float32).flatten(0, -2)
+    return products.sums(x, weight)
+
+
+def gelu(sums: torch.Tensor, bias, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    return OPS.projector_bias_gelu.default(sums, bias, dtype, operand)
+
+
+def gelu_pool(sums: torch.Tensor, bias, height, width, out_height, out_width, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    return as_dtype(OPS.projector_pool.default(sums, bias, height, width, out_height, out_width, True, dtype), operand)

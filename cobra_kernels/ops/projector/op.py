@@ -12,7 +12,7 @@ from ...checks import check_first, check_float, check_floats, name_of, requires_
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
-from . import cpu_kernel, cuda_kernel, reference
+from . import backward, cpu_kernel, cuda_kernel, reference
 
 MLP, LDP = "mlp_projector", "ldp_projector"
 
@@ -223,12 +223,11 @@ def _cast(tensors, dtype: torch.dtype) -> list:
     return [None if t is None else t.to(dtype) for t in tensors]
 
 
-_GRADIENTS = "recomputation and the library's matrix products (no fused kernel)"
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(cpu_reason, gradients=_GRADIENTS),
-    "triton": Backend(triton_reason, gradients=_GRADIENTS),
-    "cuda": Backend(cuda_reason, gradients=_GRADIENTS),
+    "cpu": Backend(cpu_reason, gradients="C++ kernels (GELU, pool, encoding, sums over rows) and the library's matrix products"),
+    "triton": Backend(triton_reason, gradients="Triton kernels (GELU, pool, encoding, sums over rows) and the library's matrix products"),
+    "cuda": Backend(cuda_reason, gradients="CUDA kernels (GELU, pool, encoding, sums over rows) and the library's matrix products"),
 }
 
 
@@ -265,13 +264,14 @@ def _full(present, biased, absent=None) -> list:
     return [next(present) if has else absent for has in biased]
 
 
-def _all_wanted(wanted, features, weights, biases, biased) -> list[bool]:
-    first, last = len(features) + len(weights), len(features) + len(weights) + len(biases)
-    return [*wanted[:first], *_full(wanted[first:last], biased, False), *wanted[last:]]
+def _wanted_by_layer(wanted, features, weights, biases, biased) -> tuple[list, list, list, list]:
+    """Of the features, the weights, the biases (one per layer again), and the two of the encoding."""
+    features, weights, biases, peg = _grouped((len(features), len(weights), len(biases)), list(wanted))
+    return features, weights, _full(biases, biased, False), peg
 
 
-def _forward_of(backend: str):
-    """The module that computes a backend's forward; Triton is imported when it is first used."""
+def _kernels_of(backend: str):
+    """The module of a backend's kernels; Triton is imported when it is first used."""
     if backend == "triton":
         from . import triton_kernel
 
@@ -280,25 +280,37 @@ def _forward_of(backend: str):
 
 
 def _implementations(backend: str) -> dict[str, Callable]:
-    """The four ops on one backend. Gradients are the same everywhere: they need no more than the library."""
+    """The four ops on one backend."""
+
+    def refuse_double(op, first):
+        if backend != "cpu" and first.dtype == torch.float64:
+            raise DtypeError(f"{op}: features[0] is float64, which the {backend} kernels do not serve")
 
     def mlp_fwd(features, weights, biases, biased):
+        refuse_double(f"{MLP}_fwd", features[0])
         count(MLP, backend)
-        return _forward_of(backend).mlp_projector_fwd(features, weights, _full(biases, biased))
+        return _kernels_of(backend).mlp_projector_fwd(features, weights, _full(biases, biased))
 
     def ldp_fwd(features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid):
+        refuse_double(f"{LDP}_fwd", features[0])
         count(LDP, backend)
-        return _forward_of(backend).ldp_projector_fwd(features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid)
+        return _kernels_of(backend).ldp_projector_fwd(features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid)
 
     def mlp_bwd(dy, features, weights, biases, biased, wanted):
+        refuse_double(f"{MLP}_bwd", features[0])
         count(f"{MLP}_bwd", backend)
-        wanted = _all_wanted(wanted, features, weights, biases, biased)
-        return cpu_kernel.mlp_projector_bwd(dy, features, weights, _full(biases, biased), wanted)
+        wants = _wanted_by_layer(wanted, features, weights, biases, biased)
+        gradients = backward.mlp_projector_bwd(_kernels_of(backend), dy, features, weights, _full(biases, biased), *wants[:3])
+        return [t for t in gradients if t is not None]
 
     def ldp_bwd(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
+        refuse_double(f"{LDP}_bwd", features[0])
         count(f"{LDP}_bwd", backend)
-        wanted = _all_wanted(wanted, features, weights, biases, biased)
-        return cpu_kernel.ldp_projector_bwd(dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, wanted)
+        wants = _wanted_by_layer(wanted, features, weights, biases, biased)
+        gradients = backward.ldp_projector_bwd(
+            _kernels_of(backend), dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, *wants
+        )
+        return [t for t in gradients if t is not None]
 
     return {f"{MLP}_fwd": mlp_fwd, f"{MLP}_bwd": mlp_bwd, f"{LDP}_fwd": ldp_fwd, f"{LDP}_bwd": ldp_bwd}
 

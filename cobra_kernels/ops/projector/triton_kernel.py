@@ -2,7 +2,8 @@
 
 Linear: a program owns a tile of outputs, or one of SPLIT parts of its depth, in fp32; the features are read as two segments side by
 side, each in its own loop. Parts are added in order by a second kernel, whose programs own rows. Pool and encoding: a program
-owns one token of the output and a block of channels.
+owns one token of the output and a block of channels. Backward: a program owns a block of rows and a block of channels, and adds its
+rows' share of the biases' gradients in order; a second kernel adds the blocks of rows in a fixed tree.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import triton
 import triton.language as tl
 
 from ...triton_utils import on_device_of
+from . import products
+from .products import as_dtype
 
 TILE = {"BLOCK_ROWS": 128, "BLOCK_COLS": 128, "BLOCK_DEPTH": 64}  # 8 warps; 16-bit products
 SMALL_TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_DEPTH": 32}  # fp32 products, and pointers that no 16 bytes share: no spill
-BLOCK_CHANNELS = 256
+BLOCK_CHANNELS, SUM_COLUMNS = 256, 64
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @triton.jit
-def _gelu(x):
-    """x Phi(x); Phi(-a) = exp(-a^2 / 2) t P(t) with t = 1 / (1 + 0.3 a): no cancellation in the negative tail."""
+def _normal(x):
+    """Phi(x), exp(-x^2 / 2); Phi(-a) = exp(-a^2 / 2) t P(t) with t = 1 / (1 + 0.3 a): no cancellation in the negative tail."""
     a = tl.abs(x)
     t = 1.0 / (1.0 + 0.3 * a)
     p = 0.035932042
@@ -35,8 +38,22 @@ def _gelu(x):
     p = p * t + 0.0996373
     p = p * t + 0.12079839
     p = p * t + 0.11962639
-    tail = tl.exp(-0.5 * a * a) * (t * p)
-    return x * tl.where(x < 0, tail, 1.0 - tail)
+    bell = tl.exp(-0.5 * a * a)
+    tail = bell * (t * p)
+    return tl.where(x < 0, tail, 1.0 - tail), bell
+
+
+@triton.jit
+def _gelu(x):
+    phi, _ = _normal(x)
+    return x * phi
+
+
+@triton.jit
+def _gelu_slope(x):
+    """Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi)."""
+    phi, bell = _normal(x)
+    return phi + x * bell * 0.398942280
 
 
 @triton.jit
@@ -156,6 +173,119 @@ def _peg_kernel(
     tl.store(out + token * channels + channel, sums.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _gelu_bwd_kernel(
+    d, sums, bias, dz, partial,  # d (rows, cols), or (batch, out_height * out_width, cols); sums, dz (rows, cols); partial (blocks, cols)
+    rows, cols, rows_per_block, d_row, d_step, bias_step, height, width, out_height, out_width,
+    HAS_SUMS: tl.constexpr, HAS_BIAS: tl.constexpr, STORE_DZ: tl.constexpr, STORE_SUM: tl.constexpr, POOL: tl.constexpr,
+    WIDE_GRID: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dz = gelu'(sums + bias) d, and its sum over a block of rows. With a pool d comes from every bin that holds the position."""
+    block = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    mask = col < cols
+    b = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        b = tl.load(bias + col * bias_step, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = block * rows_per_block
+    for i in range(0, tl.minimum(rows - first, rows_per_block)):
+        row = first + i
+        if POOL:
+            batch = row // (height * width)
+            position = row % (height * width)
+            if not WIDE_GRID:
+                position = position.to(tl.int32)
+            x = position % width
+            y = position // width
+            v = tl.zeros([BLOCK], tl.float32)
+            for bin_y in range(y * out_height // height, ((y + 1) * out_height + height - 1) // height):
+                high = ((bin_y + 1) * height + out_height - 1) // out_height - bin_y * height // out_height
+                for bin_x in range(x * out_width // width, ((x + 1) * out_width + width - 1) // width):
+                    wide = ((bin_x + 1) * width + out_width - 1) // out_width - bin_x * width // out_width
+                    of_bin = tl.load(d + ((batch * out_height + bin_y) * out_width + bin_x) * cols + col, mask=mask, other=0.0).to(tl.float32)
+                    v += of_bin / (high * wide).to(tl.float32)
+        else:
+            v = tl.load(d + row * d_row + col * d_step, mask=mask, other=0.0).to(tl.float32)
+        if HAS_SUMS:
+            v *= _gelu_slope(tl.load(sums + row * cols + col, mask=mask, other=0.0) + b)
+        total += v
+        if STORE_DZ:
+            tl.store(dz + row * cols + col, v.to(dz.dtype.element_ty), mask=mask)
+    if STORE_SUM:
+        tl.store(partial + block * cols + col, total, mask=mask)
+
+
+@triton.jit
+def _peg_bwd_kernel(
+    dy, weight, dp, partial,  # dy, dp (batch, height * width, channels), partial (2, blocks, channels): of dy, of dp
+    units, units_per_block, height, width, channels, dy_batch, dy_token, dy_channel, weight_channel, weight_row, weight_column,
+    STORE_DP: tl.constexpr, STORE_SUMS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dp = dy + depthwise 3x3 of dy with the filter turned round; a unit is a row of a grid."""
+    block = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    mask = channel < channels
+    of_dy = tl.zeros([BLOCK], tl.float32)
+    of_dp = tl.zeros([BLOCK], tl.float32)
+    first = block * units_per_block
+    for unit in range(first, tl.minimum(first + units_per_block, units)):
+        y = unit % height
+        image = dy + unit // height * dy_batch + channel * dy_channel
+        for x in range(0, width):
+            centre = tl.load(image + (y * width + x) * dy_token, mask=mask, other=0.0).to(tl.float32)
+            v = centre
+            for i in tl.static_range(3):
+                for j in tl.static_range(3):
+                    if (y + 1 >= i) & (y + 1 - i < height) & (x + 1 >= j) & (x + 1 - j < width):
+                        near = tl.load(image + ((y + 1 - i) * width + x + 1 - j) * dy_token, mask=mask, other=0.0).to(tl.float32)
+                        tap = tl.load(weight + channel * weight_channel + i * weight_row + j * weight_column, mask=mask, other=0.0)
+                        v += near * tap.to(tl.float32)
+            of_dy += centre
+            of_dp += v
+            if STORE_DP:
+                tl.store(dp + (unit * width + x) * channels + channel, v.to(dp.dtype.element_ty), mask=mask)
+    if STORE_SUMS:
+        tl.store(partial + block * channels + channel, of_dy, mask=mask)
+        tl.store(partial + (tl.num_programs(0).to(tl.int64) + block) * channels + channel, of_dp, mask=mask)
+
+
+@triton.jit
+def _taps_kernel(
+    dy, sums, p_bias, partial,  # sums as dy (batch, height * width, channels), partial (9, blocks, channels)
+    units, units_per_block, height, width, channels, dy_batch, dy_token, dy_channel, p_bias_step, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One tap of the filter: the sum over a block of units of dy times the p under the tap."""
+    block = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
+    tap = tl.program_id(2)
+    mask = channel < channels
+    b = tl.zeros([BLOCK], tl.float32)
+    if HAS_BIAS:
+        b = tl.load(p_bias + channel * p_bias_step, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    first = block * units_per_block
+    for unit in range(first, tl.minimum(first + units_per_block, units)):
+        y = unit % height + 1 - tap // 3  # of dy
+        if (y >= 0) & (y < height):
+            for x in range(tl.maximum(tap % 3 - 1, 0), tl.minimum(width + tap % 3 - 1, width)):  # of p
+                p = tl.load(sums + (unit * width + x) * channels + channel, mask=mask, other=0.0) + b
+                token = y * width + x + 1 - tap % 3
+                total += p * tl.load(dy + unit // height * dy_batch + token * dy_token + channel * dy_channel, mask=mask, other=0.0).to(tl.float32)
+    tl.store(partial + (tap * tl.num_programs(0).to(tl.int64) + block) * channels + channel, total, mask=mask)
+
+
+@triton.jit
+def _column_sums_kernel(partial, out, blocks, channels, out_step, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """out[i + channel * out_step] = the sum over the blocks of partial (i, blocks, channels); a program owns COLUMNS channels."""
+    i = tl.program_id(1).to(tl.int64)
+    channel = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    block = tl.arange(0, BLOCKS).to(tl.int64)
+    mask = (block[:, None] < blocks) & (channel[None, :] < channels)
+    tile = tl.load(partial + (i * blocks + block[:, None]) * channels + channel[None, :], mask=mask, other=0.0)
+    tl.store(out + i + channel * out_step, tl.sum(tile, 0).to(out.dtype.element_ty), mask=channel < channels)
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -240,3 +370,103 @@ def ldp_projector_fwd(features, weights, biases, peg_weight, peg_bias, grid, out
     h = linear(list(features), weights[0], biases[0], gelu=True)
     p = linear([pool(h, grid, out_grid)], weights[1], biases[1], gelu=False)
     return peg(p, peg_weight, peg_bias, out_grid)
+
+
+# --- for backward.py: the library's products, the passes above ---------------------------------------------------------------
+
+product_dtype, inputs, sums, times = products.product_dtype, products.inputs, products.sums, products.times
+
+
+def gelu(sums: torch.Tensor, bias, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    (rows, cols), h = sums.shape, sums.new_empty(sums.shape, dtype=dtype)
+    if h.numel():
+        bias_tensor, bias_step = _bias(bias, sums)
+        block = min(1024, triton.next_power_of_2(cols))
+        with on_device_of(sums):
+            _parts_kernel[(rows, triton.cdiv(cols, block))](
+                sums, bias_tensor, h, rows, cols, bias_step, SPLIT=1, HAS_BIAS=bias is not None, GELU=True, BLOCK=block, num_warps=4
+            )
+    return as_dtype(h, operand)
+
+
+def gelu_pool(sums: torch.Tensor, bias, height, width, out_height, out_width, dtype: torch.dtype, operand: torch.dtype) -> torch.Tensor:
+    hidden = gelu(sums.flatten(0, 1), bias, dtype, dtype).view(sums.shape)
+    return as_dtype(pool(hidden, (height, width), (out_height, out_width)), operand)
+
+
+def _sum_blocks(rows: int, rows_per_block: int) -> int:
+    """As in csrc/projector/projector.h: a function of the problem."""
+    return min(max(triton.cdiv(rows, rows_per_block), 1), 128)
+
+
+def _column_sums(partial: torch.Tensor, out: torch.Tensor, step: int = 1) -> None:
+    """out[i + channel * step] = the sum over the blocks of partial (sums, blocks, channels)."""
+    count, blocks, channels = partial.shape
+    _column_sums_kernel[(triton.cdiv(channels, SUM_COLUMNS), count)](
+        partial, out, blocks, channels, step, BLOCKS=triton.next_power_of_2(blocks), COLUMNS=SUM_COLUMNS, num_warps=4
+    )
+
+
+def _result(like: torch.Tensor, dtype: torch.dtype | None, shape) -> torch.Tensor:
+    return like.new_empty(0) if dtype is None else like.new_empty(shape, dtype=dtype)
+
+
+def _gelu_bwd(d, d_strides, sums, bias, rows, grids, dz_dtype, dbias_dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    cols, blocks = d.shape[-1], _sum_blocks(rows, 16)
+    dz, dbias = _result(d, dz_dtype, (rows, cols)), _result(d, dbias_dtype, (cols,))
+    if cols == 0:
+        return dz, dbias
+    partial = d.new_empty((1, blocks, cols) if dbias_dtype else 0, dtype=torch.float32)
+    bias_tensor, bias_step = _bias(bias, d)
+    wide = grids is not None and max(grids[0], grids[1]) * (max(grids) + 1) >= 2**31  # whether bins need 64 bits
+    with on_device_of(d):
+        _gelu_bwd_kernel[(blocks, triton.cdiv(cols, BLOCK_CHANNELS))](
+            d, d if sums is None else sums, bias_tensor, dz, partial, rows, cols, triton.cdiv(rows, blocks), *d_strides, bias_step,
+            *(grids or (1, 1, 1, 1)), HAS_SUMS=sums is not None, HAS_BIAS=bias is not None, STORE_DZ=dz_dtype is not None,
+            STORE_SUM=dbias_dtype is not None, POOL=grids is not None, WIDE_GRID=wide, BLOCK=BLOCK_CHANNELS, num_warps=4,
+        )  # fmt: skip
+        if dbias_dtype:
+            _column_sums(partial, dbias)
+    return dz, dbias
+
+
+def gelu_bwd(d, sums, bias, dz_dtype, dbias_dtype):
+    rows = d.shape[:-1].numel()
+    d = d.reshape(rows, d.shape[-1])  # a copy only where leading dims do not merge
+    return _gelu_bwd(d, d.stride(), sums, bias, rows, None, dz_dtype, dbias_dtype)
+
+
+def gelu_pool_bwd(dpooled, sums, bias, height, width, out_height, out_width, dz_dtype, dbias_dtype):
+    rows, grids = dpooled.shape[0] * height * width, (height, width, out_height, out_width)
+    return _gelu_bwd(dpooled, (0, 0), sums, bias, rows, grids, dz_dtype, dbias_dtype)
+
+
+def peg_bwd(dy, sums, p_bias, weight, height, width, dp_dtype, dweight_dtype, dbias_dtype, dp_bias_dtype):
+    batch, _, channels = dy.shape
+    units = batch * height
+    blocks = _sum_blocks(units, 1)
+    dp, dweight = _result(dy, dp_dtype, dy.shape), _result(dy, dweight_dtype, weight.shape)
+    dbias, dp_bias = _result(dy, dbias_dtype, (channels,)), _result(dy, dp_bias_dtype, (channels,))
+    if channels == 0:
+        return dp, dweight, dbias, dp_bias
+    shape = (units, triton.cdiv(units, blocks), height, width, channels, *dy.stride())
+    tiles, want_sums = triton.cdiv(channels, BLOCK_CHANNELS), dbias_dtype is not None or dp_bias_dtype is not None
+    with on_device_of(dy):
+        if want_sums or dp_dtype is not None:
+            partial = dy.new_empty((2, blocks, channels) if want_sums else 0, dtype=torch.float32)
+            strides = weight.stride()
+            _peg_bwd_kernel[(blocks, tiles)](
+                dy, weight, dp, partial, *shape, strides[0], strides[2], strides[3], STORE_DP=dp_dtype is not None, STORE_SUMS=want_sums,
+                BLOCK=BLOCK_CHANNELS, num_warps=4,
+            )  # fmt: skip
+            for i, (out, dtype) in enumerate(((dbias, dbias_dtype), (dp_bias, dp_bias_dtype))):
+                if dtype is not None:
+                    _column_sums(partial[i : i + 1], out)
+        if dweight_dtype is not None:
+            partial = dy.new_empty((9, blocks, channels), dtype=torch.float32)
+            bias_tensor, bias_step = _bias(p_bias, dy)
+            _taps_kernel[(blocks, tiles, 9)](
+                dy, sums, bias_tensor, partial, *shape, bias_step, HAS_BIAS=p_bias is not None, BLOCK=BLOCK_CHANNELS, num_warps=4
+            )
+            _column_sums(partial, dweight, 9)
+    return dp, dweight, dbias, dp_bias
