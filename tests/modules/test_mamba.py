@@ -10,11 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
+import cobra_kernels
 from cobra_kernels import errors
 from cobra_kernels.modules import Block, InferenceParams, Mamba, MambaState, RMSNorm, mamba
 from tests.modules.models import make_lm, randomise
-from tests.tolerances import CHUNKED, GEMM, assert_close
+from tests.tolerances import CHUNKED, GEMM, assert_close, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -242,6 +245,276 @@ def test_an_adapter_around_a_projection_counts():
         with torch.no_grad():
             state, other = m.allocate_inference_cache(1), m.allocate_inference_cache(1)
             assert_close(m(hidden[:, :1], state=state), merged(hidden[:, :1], state=other), GEMM, f"{name}, step")
+
+
+# --- training: the fused block, and what must not go through it --------------------------------------------------------
+
+PARTS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
+
+
+def fused_calls(call) -> int:
+    """How many times call() ran mamba_inner."""
+    cobra_kernels.reset_call_counts()
+    call()
+    return sum(n for (op, _), n in cobra_kernels.call_counts().items() if op == "mamba_inner")
+
+
+def gradients(m: nn.Module, hidden: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    """Of every parameter and of the input, for a loss in which every output counts differently."""
+    leaf = hidden.detach().requires_grad_()
+    m.zero_grad()
+    out = m(leaf, **options)
+    (out.float() * make_hidden(*out.shape, seed=9)).sum().backward()
+    return {"hidden": leaf.grad, **{name: p.grad for name, p in m.named_parameters() if p.requires_grad}}
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"conv_bias": False}, {"d_conv": 2, "d_state": 5, "dt_rank": 7}], ids=str)
+def test_fused_and_unfused_training_agree(options):
+    m, hidden = make_mixer(**options), make_hidden(2, 70)
+    assert fused_calls(lambda: m(hidden)) == 1
+    with torch.no_grad():
+        assert fused_calls(lambda: m(hidden)) == 0
+    fused = gradients(m, hidden)
+    m.use_fast_path = False
+    assert fused_calls(lambda: m(hidden)) == 0
+    unfused = gradients(m, hidden)
+    assert fused.keys() == unfused.keys()
+    for name, want in unfused.items():
+        assert_close(fused[name], want, GEMM, name)
+
+
+def test_fused_and_unfused_training_agree_on_states_and_packed_sequences():
+    m, hidden, cu = make_mixer(), make_hidden(1, 40), torch.tensor([0, 7, 7, 36])
+    for packed, rows in ((None, 1), (cu, 3)):
+        state = m.allocate_inference_cache(rows)
+        with torch.no_grad():
+            m(make_hidden(rows, 5, seed=3), state=state)
+        results = []
+        for m.use_fast_path in (True, False):
+            mine = tuple(t.clone() for t in state)
+            end = 36 if packed is not None else 40
+            results.append({**gradients(m, hidden, state=mine, cu_seqlens=packed), "conv": mine[0], "ssm": mine[1]})
+            results[-1]["hidden"] = results[-1]["hidden"][:, :end]
+            assert not mine[1].requires_grad
+        for name, want in results[1].items():
+            assert_close(results[0][name], want, GEMM, name)
+
+
+def test_one_frozen_layer_or_all_of_them_still_fuse():
+    m, hidden = make_mixer(), make_hidden(1, 9)
+    want = gradients(m, hidden)
+    m.out_proj.requires_grad_(False)
+    got = gradients(m, hidden)
+    assert "out_proj.weight" not in got and all(torch.equal(g, want[name]) for name, g in got.items())
+    m.requires_grad_(False)
+    assert fused_calls(lambda: m(hidden)) == 0  # no gradient wanted at all
+    leaf = hidden.detach().requires_grad_()
+    assert fused_calls(lambda: m(leaf)) == 1
+    got = gradients(m, hidden)
+    assert got.keys() == {"hidden"} and torch.equal(got["hidden"], want["hidden"])
+    assert all(p.grad is None for p in m.parameters())
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, w):
+        return 2 * w
+
+
+def doubling(m: nn.Module, name: str, how: str) -> None:
+    """Makes the layer's own forward give twice its product, in one of the ways that leave `.weight` alone or change it late."""
+    layer = getattr(m, name)
+    if how == "subclass":
+        kind = type(layer)
+        layer.__class__ = type("Doubled", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    elif how == "forward hook":
+        layer.register_forward_hook(lambda module, args, out: 2 * out)
+    elif how == "pre-hook":
+        layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    elif how == "forward replaced":
+        plain = layer.forward
+        layer.forward = lambda x: 2 * plain(x)
+    elif how == "parametrization":
+        parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("how", ["subclass", "forward hook", "pre-hook", "forward replaced", "parametrization"])
+def test_a_layer_that_is_not_plain_runs_its_own_forward(name, how):
+    """Forward, gradients, packed sequences and single steps: as if its weight were what its forward makes of it."""
+    m, hidden = make_mixer(conv_bias=False), make_hidden(1, 9)
+    with torch.no_grad():
+        m.dt_proj.bias.zero_()  # a bias would be doubled by some ways and not by others
+    doubled = copy.deepcopy(m)
+    with torch.no_grad():
+        getattr(doubled, name).weight.mul_(2)
+    want = gradients(doubled, hidden)
+    doubling(m, name, how)
+    assert fused_calls(lambda: m(hidden)) == (name == "in_proj")
+    got = gradients(m, hidden)
+    assert_close(m(hidden), doubled(hidden), GEMM)
+    assert_close(got["hidden"], want["hidden"], GEMM, "hidden")
+    for key, gradient in got.items():
+        layer = key.split(".")[0]
+        if key == f"{name}.bias":
+            continue  # its gradient is doubled by some ways and not by others
+        expected = want[key.replace(".parametrizations", "").replace(".original", "")]
+        assert_close(gradient, 2 * expected if layer == name else expected, GEMM, key)
+    with torch.no_grad():
+        states = [x.allocate_inference_cache(2) for x in (m, doubled)]
+        cu = torch.tensor([0, 4, 9])
+        assert_close(m(hidden, state=states[0], cu_seqlens=cu), doubled(hidden, state=states[1], cu_seqlens=cu), GEMM, "packed")
+        token, indices = make_hidden(3, 1, seed=4), torch.tensor([1, -1, 0])
+        ours = m(token, state=states[0], state_indices=indices)
+        assert_close(ours[[0, 2]], doubled(token, state=states[1], state_indices=indices)[[0, 2]], GEMM, "step")
+        for a, b in zip(*states):
+            assert_close(a, b, GEMM, "state")
+
+
+def test_backward_hooks_and_pruning_and_spectral_norm_are_seen():
+    for touch in (
+        lambda layer, seen: layer.register_full_backward_hook(lambda *a: seen.append("backward")),
+        lambda layer, seen: layer.register_full_backward_pre_hook(lambda *a: seen.append("pre")),
+        lambda layer, seen: (prune.l1_unstructured(layer, "weight", 0.5), seen.append("pruned")),
+        lambda layer, seen: (nn.utils.parametrizations.spectral_norm(layer), seen.append("normed")),
+    ):
+        for name in PARTS[1:]:
+            m, seen = make_mixer(), []
+            touch(getattr(m, name), seen)
+            assert fused_calls(lambda: gradients(m, make_hidden(1, 5))) == 0
+            assert seen, name
+    m, seen = make_mixer(), []
+    with torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(type(module).__name__)):
+        assert fused_calls(lambda: m(make_hidden(1, 5))) == 0
+    assert sorted(set(seen)) == ["Conv1d", "Linear", "Mamba"] and fused_calls(lambda: m(make_hidden(1, 5))) == 1
+
+
+def test_a_bias_of_x_proj_is_served_unfused():
+    m, hidden = make_mixer(), make_hidden(1, 5)
+    plain = m(hidden)
+    biased = nn.Linear(m.d_inner, m.dt_rank + 2 * m.d_state)
+    with torch.no_grad():
+        biased.weight.copy_(m.x_proj.weight)
+        biased.bias.zero_()
+    m.x_proj = biased
+    assert fused_calls(lambda: assert_close(m(hidden), plain, GEMM)) == 0
+    assert gradients(m, hidden)["x_proj.bias"].abs().max() > 0
+
+
+@pytest.mark.parametrize("targets", [*((name,) for name in PARTS), PARTS], ids="-".join)
+def test_peft_adapters_get_gradients(targets):
+    """LoRA on any of the five layers: every matrix of every adapter, once B is not 0 any more; merged weights agree."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    m, hidden = make_mixer(), make_hidden(2, 9)
+    rank = m.d_inner if "conv1d" in targets else 4  # an adapter of a depthwise convolution needs a multiple of its groups
+    model = peft.get_peft_model(nn.ModuleDict({"mixer": m}), peft.LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets)))
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:  # peft starts with 0, where A has no gradient
+                p.copy_(torch.randn(p.shape, generator=g) * 0.1)
+    mixer = model.base_model.model["mixer"]
+    fused = fused_calls(lambda: gradients(mixer, hidden))
+    assert fused == (targets == ("in_proj",))
+    adapters = {name: p.grad for name, p in mixer.named_parameters() if "lora_" in name}
+    assert len(adapters) == 2 * len(targets)
+    for name, grad in adapters.items():
+        assert grad is not None and grad.abs().max() > 0, name
+    assert all(p.grad is None for name, p in mixer.named_parameters() if "lora_" not in name)
+    with torch.no_grad():
+        state, out = mixer.allocate_inference_cache(2), mixer(hidden)
+        steps = torch.cat([mixer.step(hidden[:, t : t + 1], *state)[0] for t in range(9)], dim=1)
+        assert_close(steps, out, CHUNKED, "step^L with adapters")
+        if "conv1d" in targets:
+            return  # peft cannot merge into a depthwise convolution
+        merged = model.merge_and_unload()["mixer"]
+        assert_close(merged(hidden), out, GEMM, "merged")
+        assert fused_calls(lambda: merged(hidden)) == 0 and type(merged.out_proj) is nn.Linear
+
+
+def test_activation_checkpointing_gives_the_same_bits():
+    m, hidden = make_mixer(), make_hidden(2, 20)
+    want = gradients(m, hidden)
+    leaf = hidden.detach().requires_grad_()
+    m.zero_grad()
+    out = checkpoint(m, leaf, use_reentrant=False)
+    (out * make_hidden(*out.shape, seed=9)).sum().backward()
+    for name, p in m.named_parameters():
+        assert torch.equal(p.grad, want[name]), name
+    assert torch.equal(leaf.grad, want["hidden"])
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_compile_of_the_block_forward_and_backward(fast):
+    block = randomise(Block(24, Mamba, RMSNorm, fused_add_norm=True))
+    block.mixer.use_fast_path = fast
+    hidden, residual = make_hidden(2, 9), make_hidden(2, 9, seed=2)
+
+    def loss(f):
+        block.zero_grad()
+        leaf = hidden.detach().requires_grad_()
+        y, stream = f(leaf, residual)
+        (y.square().sum() + stream.square().sum()).backward()
+        return {"hidden": leaf.grad, **{name: p.grad.clone() for name, p in block.named_parameters()}}
+
+    want = loss(block)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for name, grad in loss(compiled).items():
+        assert_close(grad, want[name], GEMM, name)
+
+
+def test_func_grad_of_a_block():
+    m, hidden = make_mixer(), make_hidden(1, 9)
+    want = gradients(m, hidden)
+    parameters = {name: p.detach() for name, p in m.named_parameters()}
+
+    def loss(parameters):
+        return (torch.func.functional_call(m, parameters, (hidden,)) * make_hidden(1, 9, seed=9)).sum()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # each op says that the reference serves transforms
+        got = torch.func.grad(loss)(parameters)
+    for name, grad in got.items():
+        assert_close(grad, want[name], GEMM, name)
+
+
+def test_training_under_autocast():
+    m, hidden = make_mixer(), make_hidden(2, 40)
+    want = gradients(m, hidden)
+    results = []
+    for m.use_fast_path in (True, False):
+        m.zero_grad()
+        leaf = hidden.detach().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = m(leaf)
+        assert out.dtype == torch.bfloat16
+        (out.float() * make_hidden(*out.shape, seed=9)).sum().backward()
+        results.append({"hidden": leaf.grad, **{name: p.grad for name, p in m.named_parameters()}})
+    for name, exact in want.items():
+        fused, unfused = (relative_error(r[name], exact) for r in results)
+        assert results[0][name].dtype == torch.float32 and fused <= max(2 * unfused, 5e-3), (name, fused, unfused)
+
+
+def test_a_fused_block_keeps_half_of_what_the_ops_keep():
+    def kept(m, hidden) -> int:
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: storages.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t
+        ):
+            out = m(hidden)
+        assert out.requires_grad
+        return sum(storages.values())
+
+    m, lengths = make_mixer(64), (64, 576)
+    per_token = {}
+    for m.use_fast_path in (True, False):
+        few, many = (kept(m, make_hidden(1, n, 64)) for n in lengths)
+        per_token[m.use_fast_path] = (many - few) / 512
+    # hidden, xz and x_proj's output; the ops one by one also keep convolution, delta, the scan's output and its states
+    assert per_token[True] == 4 * (64 + 2 * 128 + 4 + 32)
+    assert per_token[True] < 0.55 * per_token[False]
 
 
 # --- mamba_ssm's way to pass states ----------------------------------------------------------------------------------
