@@ -18,16 +18,18 @@ from .errors import ArgumentError, CobraKernelsError
 
 # L2-relative error against fp64: fp32 accumulation; one rounding of the output in 16 bits.
 LIMITS = {torch.float32: 1e-6, torch.bfloat16: 2.9e-3, torch.float16: 3.7e-4}
+GRADIENT_LIMITS = {**LIMITS, torch.float32: 1e-5}
 GEMM_LIMIT = 1e-5  # fp32, ops that contain a library GEMM
 GEMM_OPS = {"mlp_projector": 2, "ldp_projector": 2, "mamba_inner": 3}  # and by how much the roundings between them add up in 16 bits
 
 
 class Case(NamedTuple):
-    """One call: op name, keyword arguments, and the names of arguments that the op writes."""
+    """One call: op name, keyword arguments, the names of arguments that the op writes, and whether gradients are wanted too."""
 
     op: str
     kwargs: dict[str, object]
     in_place: tuple[str, ...] = ()
+    gradients: bool = False
 
 
 # --- input makers: fp64 values rounded to the dtype, on the CPU ------------------------------------------------------
@@ -183,12 +185,34 @@ def in_fp64(t: torch.Tensor) -> torch.Tensor:
 
 
 def run(case: Case, backend: str | None) -> list[torch.Tensor]:
-    """Outputs of the call, then the arguments it wrote. The case itself is not changed: written arguments are copied."""
+    """Outputs of the call, then the arguments it wrote, then, if wanted, the gradient of each float argument.
+
+    The case itself is not changed: written arguments are copied.
+    """
     import cobra_kernels
 
-    kwargs = {k: v.clone() if k in case.in_place else v for k, v in case.kwargs.items()}
+    leaves: list[torch.Tensor] = []
+
+    def leaf(t: torch.Tensor) -> torch.Tensor:
+        if not t.is_floating_point():
+            return t
+        leaves.append(t.detach().requires_grad_())
+        return leaves[-1]
+
+    kwargs = {k: v.clone() if k in case.in_place else map_tensors(v, leaf) if case.gradients else v for k, v in case.kwargs.items()}
     out = getattr(cobra_kernels, case.op)(**kwargs, backend=backend)
-    return [*(out if isinstance(out, tuple) else (out,)), *(kwargs[k] for k in case.in_place)]
+    outputs = [*(out if isinstance(out, tuple) else (out,)), *(kwargs[k] for k in case.in_place)]
+    if not case.gradients:
+        return outputs
+    roots = [t for t in outputs if t.requires_grad]  # not a state that depends on nothing
+    gradients = torch.autograd.grad(roots, leaves, [incoming_gradient(t) for t in roots], allow_unused=True) if roots else [None] * len(leaves)
+    return [t.detach() for t in outputs] + [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, gradients)]
+
+
+def incoming_gradient(output: torch.Tensor) -> torch.Tensor:
+    """What arrives at an output: values between -1 and 1 that every dtype holds exactly, made on the output's device."""
+    values = (torch.arange(output.numel(), device=output.device) * 37 % 101 - 50) / 64
+    return values.to(output.dtype).view(output.shape)
 
 
 def expected(case: Case) -> list[torch.Tensor]:
@@ -205,7 +229,7 @@ def error(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def cases(seed: int = 0) -> Iterator[Case]:
-    """The selftest's cases: every op and dtype, sizes around vector and block boundaries, both layouts, both kinds of state."""
+    """The selftest's cases: every op and dtype, sizes around vector and block boundaries, both layouts, both kinds of state; gradients."""
     g = torch.Generator().manual_seed(seed)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for dim in (1, 63, 64, 100, 2560):
@@ -228,10 +252,19 @@ def cases(seed: int = 0) -> Iterator[Case]:
             yield Case("mamba_inner", {**inputs, "return_states": dtype == torch.float32})  # 16 bits: its states carry roundings, in fp32
         yield Case("mlp_projector", mlp_projector_inputs(g, dtype=dtype))
         yield Case("ldp_projector", ldp_projector_inputs(g, dtype=dtype))
+        yield Case("rms_norm", {**rms_norm_inputs(g, 17, 100, dtype), "prenorm": True}, gradients=True)
+        for seqlen, layout in ((3, False), (65, True)):
+            inputs = causal_conv1d_inputs(g, 2, 65, seqlen, 4, dtype, initial=True)
+            yield Case("causal_conv1d", {**inputs, "activation": "silu", "return_final_states": True}, gradients=True)
+            inputs = selective_scan_inputs(g, 2, 40, seqlen, dtype=dtype, initial=True, channel_last=layout)
+            yield Case("selective_scan", {**inputs, "return_last_state": True}, gradients=True)
+        if dtype == torch.float32:  # in 16 bits the layers between are rounded, and a gradient's error has no limit of its own
+            yield Case("mlp_projector", mlp_projector_inputs(g, dtype=dtype), gradients=True)
+            yield Case("ldp_projector", ldp_projector_inputs(g, dtype=dtype), gradients=True)
 
 
 def selftest(device: str | torch.device = "cpu", *, backend: str | None = None, verbose: bool = True) -> dict[str, float]:
-    """Compares every op with the reference in fp64 on `device`, printing one line per op.
+    """Compares every op and its gradients with the reference in fp64 on `device`, printing one line per op.
 
     Returns {op: worst share of its error limit}; every value is at most 1. Raises CobraKernelsError naming the first call that
     is wrong, ArgumentError for an unknown backend, BackendUnavailable if a backend asked for by name cannot serve.
@@ -246,15 +279,16 @@ def selftest(device: str | torch.device = "cpu", *, backend: str | None = None, 
         with use_backend(backend):
             outputs = run(moved, None)
         for index, (got, want) in enumerate(zip(outputs, expected(case), strict=True)):
-            limit = LIMITS[got.dtype]
+            limit = (GRADIENT_LIMITS if case.gradients else LIMITS)[got.dtype]
             if case.op in GEMM_OPS:
                 limit = max(limit, GEMM_LIMIT)
                 limit *= GEMM_OPS[case.op] if got.dtype != torch.float32 else 1  # every product's output is rounded, not only the last
             share = error(got, want) / limit
             if share > 1:
                 shapes = {k: tuple(v.shape) for k, v in case.kwargs.items() if isinstance(v, torch.Tensor)}
+                what = "output or gradient" if case.gradients else "output"
                 raise CobraKernelsError(
-                    f"selftest: {case.op} on {device} is wrong: output {index} ({got.dtype}) has L2-relative error {share * limit:.2e}, "
+                    f"selftest: {case.op} on {device} is wrong: {what} {index} ({got.dtype}) has L2-relative error {share * limit:.2e}, "
                     f"limit {limit:.1e}; arguments {shapes}. Please report this with the output of python -m cobra_kernels.doctor"
                 )
             worst[case.op] = max(worst.get(case.op, 0.0), share)

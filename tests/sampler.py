@@ -14,7 +14,7 @@ import torch
 import cobra_kernels
 from cobra_kernels import selfcheck
 from cobra_kernels.selfcheck import Case, map_tensors
-from tests.tolerances import OUTPUT
+from tests.tolerances import GRADIENT, OUTPUT
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
@@ -261,6 +261,50 @@ def check(case: Case, backend: str) -> None:
         sizes = sizes or magnitudes(case)
         limit = limit_of(case, got, want, sizes[index])
         assert error <= limit, f"output {index} ({got.dtype}): L2 error {error:.3e} > {limit:.3e}, norm {want.norm().item():.3e}"
+
+
+# Ops with gradients, and the longest sequence whose gradients the reference computes in good time.
+DIFFERENTIABLE = ("rms_norm", "causal_conv1d", "selective_scan", "mlp_projector", "ldp_projector")
+MAX_STEPS = 140
+
+
+def has_gradients(case: Case) -> bool:
+    first = next(iter(case.kwargs.values()))
+    if case.op == "rms_norm":  # LayerNorm of one channel: equal terms that cancel, times 1 / sqrt(eps)
+        return case.kwargs["is_rms_norm"] or first.shape[-1] > 1
+    return case.op in DIFFERENTIABLE and (case.op not in ("causal_conv1d", "selective_scan") or first.shape[-1] <= MAX_STEPS)
+
+
+def check_gradients(case: Case, backend: str) -> None:
+    """Gradients of the case's call on `backend`, with NaN-filled allocations, against fp64.
+
+    Where terms cancel, the error may be twice that of the reference itself: in fp32, or in the call's own dtypes for the
+    projectors, whose layers are rounded between (and once more than in the reference: they pool before the second layer).
+    """
+    outputs = len(selfcheck.run(case, backend))
+    case = case._replace(gradients=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        got = [t.cpu() for t in selfcheck.run(case, backend)][outputs:]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    wanted = selfcheck.expected(case)[outputs:]
+    plain: list[torch.Tensor] = []
+    for index, (g, w) in enumerate(zip(got, wanted, strict=True)):
+        assert g.shape == w.shape, f"gradient {index}: shape {tuple(g.shape)}, expected {tuple(w.shape)}"
+        error, rounding = (g.double() - w).norm().item(), (w.to(g.dtype).double() - w).norm().item()
+        relative = GRADIENT[g.dtype] * (3 if "projector" in case.op and g.dtype in (F16, BF16) else 1)
+        limit = max(relative * w.norm().item(), 1.01 * rounding)
+        if error <= limit:
+            continue
+        plain = plain or selfcheck.run(case if "projector" in case.op else _in_fp32(case), "reference")[outputs:]
+        own = (plain[index].double() - w).norm().item()
+        assert error <= limit + 2 * own, f"gradient {index} ({g.dtype}): L2 error {error:.3e} > {limit:.3e} + 2 x {own:.3e}, norm {w.norm().item():.3e}"
+
+
+def _in_fp32(case: Case) -> Case:
+    """The same values; fp64 stays fp64."""
+    return case._replace(kwargs={k: map_tensors(v, lambda t: t.float() if t.dtype in (F16, BF16) else t) for k, v in case.kwargs.items()})
 
 
 def describe(case: Case) -> str:

@@ -14,17 +14,16 @@ BF16 = torch.bfloat16
 OPS = (
     "rms_norm", "causal_conv1d", "causal_conv1d_update", "selective_scan", "selective_state_update", "mlp_projector", "ldp_projector",
 )  # fmt: skip
+# Calls with gradients: forward and backward in one.
+TRAINED = tuple(f"{op}-gradients" for op in ("rms_norm", "causal_conv1d", "selective_scan", "mlp_projector", "ldp_projector", "mamba_inner"))
+CALLS = (*OPS, "mamba_inner", *TRAINED)
+GEMM_OPS = ("mlp_projector", "ldp_projector", "mamba_inner")  # a library's products: other bits for another split of a sum
 IN_PLACE = {"causal_conv1d_update": ("conv_state",), "selective_state_update": ("state",)}
-# The argument that a test refreshes: the op's first.
-FIRST = {"causal_conv1d_update": "x", "selective_scan": "u", "selective_state_update": "x", "mlp_projector": "features", "ldp_projector": "features"}
-
-
-def first(op: str) -> str:
-    return FIRST.get(op, "x")
 
 
 def make(op: str, batch: int, large: bool, seed: int = 0) -> Case:
-    """bf16, as in a Cobra of 3B parameters or tiny; channel-last where the model is."""
+    """bf16, as in a Cobra of 3B parameters or tiny; channel-last where the model is. `op` is one of CALLS."""
+    op, _, gradients = op.partition("-")
     g = torch.Generator().manual_seed(seed)
     dim, seqlen = (5120, 800) if large else (40, 37)
     extra: dict = {}
@@ -48,10 +47,14 @@ def make(op: str, batch: int, large: bool, seed: int = 0) -> Case:
     elif op == "mlp_projector":
         features, layers = ((1024, 1152), (8704, 2560, 2560)) if large else ((24, 40), (64, 32, 32))
         kwargs = selfcheck.mlp_projector_inputs(g, (batch, 729 if large else 9), features, layers, BF16)
+    elif op == "mamba_inner":
+        dt_rank, d_model = (160, 2560) if large else (3, 24)
+        kwargs = selfcheck.mamba_inner_inputs(g, batch, dim, seqlen, 16, dt_rank, d_model, dtype=BF16, initial=True)
+        extra = {"return_states": True}
     else:
         grid, features, layers = ((27, 27), (1024, 1152), (8704, 2560)) if large else ((5, 5), (24, 40), (64, 32))
         kwargs = selfcheck.ldp_projector_inputs(g, batch, grid, (14, 14) if large else (3, 3), features, layers, BF16)
-    return Case(op, {**kwargs, **extra}, IN_PLACE.get(op, ()))
+    return Case(op, {**kwargs, **extra}, IN_PLACE.get(op, ()), bool(gradients))
 
 
 def placed(case: Case, put) -> Case:

@@ -13,16 +13,18 @@ import cobra_kernels
 from cobra_kernels import selfcheck
 from cobra_kernels.selfcheck import Case
 from tests.gpu import cases
-from tests.gpu.cases import OPS, make, placed, refill
+from tests.gpu.cases import CALLS, GEMM_OPS, OPS, make, placed, refill
 from tests.gpu.machine import Cuda, Rehearsal
-from tests.sampler import check, describe
+from tests.sampler import check, check_gradients, describe, has_gradients
 from tests.tolerances import OUTPUT, relative_error
 
 pytestmark = pytest.mark.gpu
 every_op = pytest.mark.parametrize("op", OPS)
+every_call = pytest.mark.parametrize("op", CALLS)  # mamba_inner and backwards too
 SHARDS = 8
 SANITIZED = {"cuda": 320, "triton": 40, "cpu": 32}  # boundary cases; Triton compiles a variant for most of them
 SAMPLED = {"cuda": 1600, "triton": 240, "cpu": 64}
+SAMPLED_GRADIENTS = {"cuda": 640, "triton": 80, "cpu": 32}
 MANY = 65_537  # one more than the limit of a grid's y and z
 FIRST_ELEMENTS_OF_INT64 = 2**31
 
@@ -57,10 +59,10 @@ def run(case: Case, gpu: Cuda) -> list[torch.Tensor]:
 
 
 def assert_same(got: list[torch.Tensor], want: list[torch.Tensor], op: str, what: str = "") -> None:
-    """The same bits from our own kernels; a library's GEMM (projectors) may pick another split of its sums."""
+    """The same bits from our own kernels; a library's GEMM may pick another split of its sums."""
     for index, (g, w) in enumerate(zip(got, want, strict=True)):
         assert g.shape == w.shape and g.dtype == w.dtype
-        if "projector" in op:
+        if op.split("-")[0] in GEMM_OPS:
             error = relative_error(g, w)
             assert error <= 2 * OUTPUT[w.dtype], f"{what} output {index}: L2-relative error {error:.2e}"
         else:
@@ -77,7 +79,7 @@ def test_every_op_has_a_kernel(gpu, op):
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-@every_op
+@every_call
 def test_runs_on_the_current_stream(gpu, op):
     """The inputs are written late on a side stream: a kernel on the default stream would read the old values."""
     case, fresh = on(gpu, op), on(gpu, op, seed=1)
@@ -92,7 +94,7 @@ def test_runs_on_the_current_stream(gpu, op):
     assert_same(got, expected, op)
 
 
-@every_op
+@every_call
 def test_two_streams_do_not_disturb_each_other(gpu, op):
     """Shared workspaces and flags would: two calls of different sizes run side by side, again and again."""
     streams = gpu.streams(2)
@@ -110,7 +112,7 @@ def test_two_streams_do_not_disturb_each_other(gpu, op):
             assert_same(got, expected[index], op, f"stream {index}")
 
 
-@every_op
+@every_call
 def test_the_host_never_waits(gpu, op):
     case = on(gpu, op)
     run(case, gpu)
@@ -132,7 +134,7 @@ def test_tensors_on_the_other_device(gpu, op):
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-@every_op
+@every_call
 def test_graph_capture_and_replay(gpu, op):
     case = on(gpu, op)
     replay, outputs = gpu.capture(lambda: run(case, gpu))
@@ -144,7 +146,7 @@ def test_graph_capture_and_replay(gpu, op):
         assert_same(outputs, expected, op, f"replay {seed}")
 
 
-@every_op
+@every_call
 def test_graphs_of_batch_1_then_4_then_1(gpu, op):
     """What a server does: a graph for each batch size, and eager calls between the replays."""
     held = {batch: on(gpu, op, batch) for batch in (1, 4)}
@@ -226,10 +228,12 @@ def test_more_than_a_grid_dim_holds(gpu, name):
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def check_all(gpu: Cuda, count: int, shard: int) -> None:
+def check_all(gpu: Cuda, count: int, shard: int, check=check) -> None:
     """Every shards-th of `count` seeded boundary cases, in their own layouts; all failures are reported, with their seeds."""
     failures = []
     for seed, case in cases.sampled(count, shard, SHARDS):
+        if check is check_gradients and not has_gradients(case):
+            continue
         try:
             check(placed(case, gpu.put), gpu.backend)
         except Exception as error:
@@ -242,6 +246,11 @@ def test_sampled_cases(gpu, shard):
     check_all(gpu, SAMPLED[gpu.backend], shard)
 
 
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_sampled_gradients(gpu, shard):
+    check_all(gpu, SAMPLED_GRADIENTS[gpu.backend], shard, check_gradients)
+
+
 @pytest.mark.parametrize("shard", range(SHARDS), ids=lambda shard: f"shard{shard}")
 def test_sanitize_boundary_cases(gpu, shard, monkeypatch):
     """Without the NaN fill of `check`: memory that nothing wrote must look so to initcheck."""
@@ -249,7 +258,13 @@ def test_sanitize_boundary_cases(gpu, shard, monkeypatch):
     check_all(gpu, SANITIZED[gpu.backend], shard)
 
 
-@every_op
+@pytest.mark.parametrize("shard", range(SHARDS), ids=lambda shard: f"shard{shard}")
+def test_sanitize_gradients(gpu, shard, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    check_all(gpu, SANITIZED[gpu.backend] // 2, shard, check_gradients)
+
+
+@every_call
 def test_sanitize_users_sizes(gpu, op):
     """The fast paths: shapes that users run, small enough for a sanitizer."""
     if gpu.large:
@@ -261,42 +276,31 @@ def test_sanitize_users_sizes(gpu, op):
     assert_same(first, second, op)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "causal_conv1d", "selective_scan", "mlp_projector", "ldp_projector"])
-def test_gradients(gpu, op):
-    """Against the fp64 reference, and the same bits twice (our own kernels)."""
-    case = make(op, 1, large=False)
-    differentiable: list[torch.Tensor] = []
-
-    def leaf(t):
-        t = gpu.put(t).requires_grad_(t.is_floating_point())
-        differentiable.extend([t] if t.requires_grad else [])
-        return t
-
-    placed_case = placed(case, leaf)
-    outputs = run(placed_case, gpu)
-    incoming = [torch.randn(t.shape, generator=torch.Generator().manual_seed(7)).to(t.device, t.dtype) for t in outputs]
-    got = torch.autograd.grad(outputs, differentiable, incoming)
-    wide: list[torch.Tensor] = []
-
-    def wide_leaf(t):
-        t = selfcheck.in_fp64(t).requires_grad_(t.is_floating_point())
-        wide.extend([t] if t.requires_grad else [])
-        return t
-
-    want = torch.autograd.grad(selfcheck.run(placed(case, wide_leaf), "reference"), wide, [d.cpu().double() for d in incoming])
-    for index, (g, w) in enumerate(zip(got, want, strict=True)):
-        # bf16 outputs of the layers between are rounded too, and a gradient of a kernel is rounded from fp32 sums of those.
-        limit = {torch.float32: 2e-5}.get(g.dtype, 4 * OUTPUT[g.dtype]) if "projector" not in op else 2e-2
+@pytest.mark.parametrize("op", cases.TRAINED)
+def test_gradients_of_users_shapes(gpu, op):
+    """bf16 and channel-last as a model calls it, small, against the reference in fp64."""
+    case = make(op, 2, large=False)
+    outputs = len(run(placed(case._replace(gradients=False), gpu.put), gpu))
+    got, want = run(placed(case, gpu.put), gpu), selfcheck.expected(case)
+    for index, (g, w) in enumerate(zip(got[outputs:], want[outputs:], strict=True)):
+        # Behind a product in bf16 its rounding counts too.
+        limit = 2e-2 if case.op in GEMM_OPS else {torch.float32: 1e-5}.get(g.dtype, OUTPUT[g.dtype])
         assert relative_error(g.cpu(), w) <= limit, f"gradient {index}: L2-relative error {relative_error(g.cpu(), w):.2e}"
 
 
 def test_language_model(gpu):
-    """Prefill and decode of a small Mamba on the device, against the same weights on the CPU; and decode in a graph."""
+    """Prefill, decode and gradients of a small Mamba on the device, against the same weights on the CPU; and decode in a graph."""
     from cobra_kernels.modules import MambaConfig, MambaLMHeadModel
 
     torch.manual_seed(0)
-    model = MambaLMHeadModel(MambaConfig(d_model=64, n_layer=2, vocab_size=96)).eval().requires_grad_(False)
-    ids = torch.randint(96, (3, 21))
+    model = MambaLMHeadModel(MambaConfig(d_model=64, n_layer=2, vocab_size=96)).eval()
+    ids = torch.randint(96, (3, 70))
+
+    def gradients(ids):
+        return torch.autograd.grad(model(ids).logits.square().mean(), list(model.parameters()))
+
+    want_gradients = gradients(ids)
+    model.requires_grad_(False)
     want, state = model.prefill(ids)
     want_next = model.decode(want.argmax(-1), state)
     token = want.argmax(-1).to(gpu.device)
@@ -308,6 +312,10 @@ def test_language_model(gpu):
         replay, (logits,) = gpu.capture(lambda: [model.decode(token, state)])
         state.copy_(before)
         replay()
+        model.requires_grad_(True)
+        got_gradients = gradients(ids.to(gpu.device))
     gpu.synchronize()
     for what, g, w in (("prefill", got, want), ("decode", got_next, want_next), ("decode in a graph", logits, want_next)):
         assert relative_error(g.cpu(), w) <= 1e-4, f"{what}: {relative_error(g.cpu(), w):.2e}"
+    for (name, _), g, w in zip(model.named_parameters(), got_gradients, want_gradients, strict=True):
+        assert relative_error(g.cpu(), w) <= 1e-4, f"gradient of {name}: {relative_error(g.cpu(), w):.2e}"
