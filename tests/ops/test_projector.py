@@ -16,7 +16,8 @@ import cobra_kernels
 from cobra_kernels import ldp_projector, mlp_projector
 from cobra_kernels.dispatch import triton_absence
 from cobra_kernels.errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError
-from cobra_kernels.ops.projector import cpu_kernel, cuda_kernel
+from cobra_kernels.ops.projector import backward, cpu_kernel, cuda_kernel
+from cobra_kernels.ops.projector import op as projector_op
 from tests.conftest import kernel_backends
 from tests.tolerances import GEMM, GRADIENT, OUTPUT, assert_close, relative_error
 
@@ -408,38 +409,218 @@ def test_gradients(case, ldp, backend):
         assert_rounded(got, want, limit, f"gradient {i}[{backend}]", roundings(case, ldp))
 
 
+def gradients_of(case: Case, tensors: list, ldp: bool, backend: str, wanted: set[int], dout: torch.Tensor) -> dict[int, torch.Tensor]:
+    """index -> gradient of the wanted of `tensors`."""
+    leaves = [t if t is None else t.detach().requires_grad_(i in wanted) for i, t in enumerate(tensors)]
+    used = [i for i in sorted(wanted) if leaves[i] is not None]
+    return dict(zip(used, torch.autograd.grad(run(case, leaves, backend, ldp), [leaves[i] for i in used], dout)))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@both
+def test_gradients_at_every_level(cpu_level, dtype, ldp):
+    for widths in ((9, 3), (17, 5), (256, 16), (300, 257)):
+        case = Case(lead=(2, 35), widths=widths, dtype=dtype, grid=(5, 7), out_grid=(3, 4))
+        tensors = make_inputs(case, ldp)
+        every = set(range(len(tensors)))
+        dout = torch.randn(run(case, tensors, "cpu", ldp).shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        got = gradients_of(case, tensors, ldp, "cpu", every, dout)
+        want = gradients_of(case, in_fp64(tensors), ldp, "reference", every, dout.double())
+        for i in every:
+            assert_rounded(got[i], want[i], GRADIENT[dtype], f"gradient {i}, {case.id}", roundings(case, ldp))
+
+
+@NO_KERNELS
+def test_the_slope_of_gelu_keeps_its_digits(cpu_level):
+    """Absolute against the largest slope, and relative in the tail, where Phi and x Phi' have opposite signs."""
+    x = torch.linspace(-9, 9, 20001).reshape(1, -1)
+    wide = x.double()
+    expected = 0.5 * torch.special.erfc(-wide / math.sqrt(2)) + wide * torch.exp(-0.5 * wide**2) / math.sqrt(2 * math.pi)
+    dz, _ = torch.ops.cobra_kernels.projector_gelu_bwd(torch.ones_like(x), x, None, F32, None)
+    assert (dz.double() - expected).abs().max().item() <= 3e-7
+    tail = wide < -1.5
+    assert ((dz.double() - expected) / expected)[tail].abs().max().item() <= 5e-6
+    special = torch.tensor([[float("nan"), -1e30, 1e30, 0.0]])
+    dz, _ = torch.ops.cobra_kernels.projector_gelu_bwd(torch.ones_like(special), special, None, F32, None)
+    assert dz[0, 0].isnan() and dz[0, 1:3].tolist() == [0.0, 1.0] and abs(dz[0, 3] - 0.5) <= 6e-8
+
+
+@every_case
+@pytest.mark.parametrize("product", ["kernel", "library"])
+@NO_KERNELS
+def test_gradients_of_a_gpu(gpu_calls, monkeypatch, case, ldp, product):
+    """The GPU's backward strung together here, its passes by the CPU's kernels: 16-bit operands are rounded once more a layer."""
+    if case.dtype == F64:
+        return  # not served by a GPU
+    monkeypatch.setattr(cuda_kernel, "PRODUCT", product)
+    tensors = make_inputs(case, ldp)
+    features, weights, biases, peg = split(case, tensors)
+    dout = torch.randn(run(case, tensors, "cpu", ldp).shape, generator=torch.Generator().manual_seed(1)).to(case.dtype)
+    wants = [[t is not None for t in group] for group in (features, weights, biases)]
+    if ldp:
+        grid = case.grid or (math.isqrt(case.lead[1]),) * 2
+        got = backward.ldp_projector_bwd(cuda_kernel, dout, *split(case, tensors)[:3], *peg, grid, case.out_grid, *wants, [t is not None for t in peg])
+    else:
+        got = backward.mlp_projector_bwd(cuda_kernel, dout, features, weights, biases, *wants)
+    want = gradients_of(case, in_fp64(tensors), ldp, "reference", set(range(len(tensors))), dout.double())
+    for i, t in enumerate(tensors):
+        if t is not None:
+            assert got[i].dtype == t.dtype and got[i].shape == t.shape
+            limit = max(GRADIENT[t.dtype], GRADIENT[case.dtype])
+            # Expanded features make equal rows, which share the rounding of their gradients: a sum over them does not average it.
+            assert_rounded(got[i], want[i], limit, f"gradient {i} by {product}", roundings(case, ldp) + 1 + (case.layout == "expanded"))
+    assert not (gpu_calls and product == "library")
+
+
+class Products(TorchDispatchMode):
+    """What runs inside: names of matrix products and of our passes, and how many gradients the backward op returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.returned: list[int] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        name = op._schema.name.split("::")[-1]
+        if name.endswith("projector_bwd"):
+            self.returned.append(len(out))
+        self.names.append(name)
+        return out
+
+
+# id: LDP, the tensor whose gradient is wanted, products (of the forward again, and back), our backward passes. Three layers, or LDP's two.
+SUBSETS = {
+    "mlp-features": (False, 0, 2 + 3, 2),
+    "mlp-first-weight": (False, 1, 2 + 3, 2),
+    "mlp-first-bias": (False, 4, 2 + 2, 2),
+    "mlp-second-weight": (False, 2, 2 + 2, 1),
+    "mlp-second-bias": (False, 5, 2 + 1, 1),
+    "mlp-last-weight": (False, 3, 2 + 1, 0),
+    "mlp-last-bias": (False, 6, 0, 1),
+    "ldp-features": (True, 0, 1 + 2, 2),
+    "ldp-first-weight": (True, 1, 1 + 2, 2),
+    "ldp-first-bias": (True, 3, 1 + 1, 2),
+    "ldp-second-weight": (True, 2, 1 + 1, 1),
+    "ldp-second-bias": (True, 4, 0, 1),
+    "ldp-filter": (True, 5, 2, 1),
+    "ldp-filter-bias": (True, 6, 0, 1),
+}
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("name", SUBSETS)
+def test_no_work_for_a_gradient_nobody_wants(name):
+    """One gradient alone: as many products as it takes, as many of our backward passes, and the bits of all gradients together."""
+    ldp, wanted, products, passes = SUBSETS[name]
+    case = Case(lead=(2, 9), vision=(20,), widths=(40, 17) if ldp else (40, 30, 17))
+    tensors = make_inputs(case, ldp)
+    dout = torch.randn(run(case, tensors, "cpu", ldp).shape)
+    together = gradients_of(case, tensors, ldp, "cpu", set(range(len(tensors))), dout)[wanted]
+    wants = [[i == wanted for i in group] for group in split(case, list(range(len(tensors))))]
+    features, weights, biases, peg = split(case, tensors)
+    with Products() as ran:
+        if ldp:
+            all_of_them = backward.ldp_projector_bwd(cpu_kernel, dout, features, weights, biases, *peg, (3, 3), case.out_grid, *wants)
+        else:
+            all_of_them = backward.mlp_projector_bwd(cpu_kernel, dout, features, weights, biases, *wants[:3])
+    (got,) = [t for t in all_of_them if t is not None]
+    assert torch.equal(got, together)
+    assert sum(n in ("mm", "addmm", "_linear_pointwise") for n in ran.names) == products, ran.names
+    assert sum(n in ("projector_gelu_bwd", "projector_gelu_pool_bwd", "projector_peg_bwd") for n in ran.names) == passes, ran.names
+    leaves = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors)]
+    with Products() as ran:
+        run(case, leaves, "cpu", ldp).backward(dout)
+    assert ran.returned == [1] and torch.equal(leaves[wanted].grad, together)
+
+
 @both
 @pytest.mark.parametrize("backend", kernel_backends())
-def test_only_the_gradients_asked_for(ldp, backend):
-    case = Case(lead=(2, 9), bias=False)
+@pytest.mark.parametrize("seed", range(3))
+def test_any_subset_of_gradients(ldp, backend, seed):
+    """The same values whatever else is wanted, within a library's product; what is not wanted gets none."""
+    rng = random.Random(seed)
+    for _ in range(6):
+        case = Case(
+            lead=(rng.choice((1, 2)), 12), vision=tuple(rng.choice((1, 7, 16)) for _ in range(rng.choice((1, 2, 3)))), grid=(3, 4),
+            widths=tuple(rng.choice((5, 8, 33)) for _ in range(2 if ldp else rng.choice((1, 2, 3)))), bias=rng.random() < 0.8,
+            layout=rng.choice(("contiguous", "transposed", "expanded")),
+        )  # fmt: skip
+        tensors = make_inputs(case, ldp, seed)
+        present = [i for i, t in enumerate(tensors) if t is not None]
+        dout = laid_out(torch.randn(run(case, tensors, backend, ldp).shape), case.layout)
+        want = gradients_of(case, in_fp64(tensors), ldp, "reference", set(present), dout.double())
+        wanted = set(rng.sample(present, rng.randint(1, len(present))))
+        for i, got in gradients_of(case, tensors, ldp, backend, wanted, dout).items():
+            assert_rounded(got, want[i], GRADIENT[F32], f"gradient {i} of {sorted(wanted)}, {case.id}")
+
+
+@both
+@pytest.mark.parametrize("backend", kernel_backends())
+def test_expanded_and_odd_incoming_gradients(ldp, backend):
+    """What .sum(), .mean(0), a slice and a permutation send back: stride 0 in every dim, in some, gaps, any order."""
+    case = Case(lead=(3, 9))
     tensors = make_inputs(case, ldp)
-    tensors[3].requires_grad_()  # the second weight alone: the vision towers are frozen
-    returned = []
+    shape = run(case, tensors, backend, ldp).shape
+    outer = torch.randn(shape[0] + 1, shape[1] * 2, shape[2] + 3)
+    for dout in (torch.ones(()).expand(shape), torch.randn(shape[1:]).expand(shape), torch.randn(shape[2]).expand(shape),
+                 torch.randn(shape[:2])[..., None].expand(shape), outer[1:, ::2, 1:-2], torch.randn(shape[::-1]).permute(2, 1, 0)):  # fmt: skip
+        every = set(range(len(tensors)))
+        got = gradients_of(case, tensors, ldp, backend, every, dout)
+        want = gradients_of(case, in_fp64(tensors), ldp, "reference", every, dout.double())
+        for i in every:
+            assert_rounded(got[i], want[i], GRADIENT[F32], f"gradient {i}, strides {dout.stride()}")
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            out = op(*args, **(kwargs or {}))
-            if op._schema.name.endswith("projector_bwd"):
-                returned.append(len(out))
-            return out
 
-    with Watch():
-        run(case, tensors, backend, ldp).sum().backward()
-    assert returned == [1]  # nothing else was computed
-    wide = in_fp64(tensors)
-    wide[3].requires_grad_()
-    run(case, wide, "reference", ldp).sum().backward()
-    assert_close(tensors[3].grad, wide[3].grad, GRADIENT[F32])
-    assert all(t is None or t.grad is None for i, t in enumerate(tensors) if i != 3)
+# Each row of the tables in fp64, with and without biases, with one, two and three segments.
+GRADCHECKS = [
+    *(Case(lead=lead, vision=v, widths=w, bias=b, layout=x) for lead, x in (((3,), "contiguous"), ((2, 2), "transposed"), ((), "contiguous"))
+      for v in ((2,), (2, 1), (1, 1, 2)) for w in ((2,), (3, 2), (2, 3, 1), (2, 1, 2, 1)) for b in (True, False)),
+    *(Case(lead=(n, g[0] * g[1]), vision=v, widths=w, bias=b, grid=g, out_grid=o) for n, g, o in (
+        (2, (2, 3), (2, 2)), (1, (1, 1), (2, 1)), (1, (3, 3), (2, 2)), (1, (2, 2), (3, 3)), (1, (2, 2), (2, 2)), (2, (1, 4), (1, 3)))
+      for v in ((2,), (1, 2)) for w in ((2, 2), (3, 1)) for b in (True, False)),
+]  # fmt: skip
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("part", range(4))
+def test_gradcheck_in_fp64(part):
+    """The cpu backend's own kernels against finite differences, over all options: 120 configurations in four parts."""
+    for case in GRADCHECKS[part::4]:
+        case, ldp = case._replace(dtype=F64), case.grid is not None
+        tensors = [t if t is None else t.requires_grad_() for t in make_inputs(case, ldp)]
+        assert torch.autograd.gradcheck(lambda *ts, case=case, ldp=ldp: run(case, list(ts), "cpu", ldp), tensors, fast_mode=len(tensors) > 5), case.id
 
 
 @NO_KERNELS
 @both
-@pytest.mark.parametrize("bias", [True, False])
-def test_gradcheck_in_fp64(ldp, bias):
-    case = Case(lead=(2, 6), vision=(2, 1), widths=(3, 2), dtype=F64, bias=bias, grid=(2, 3), out_grid=(2, 2))
-    tensors = [t if t is None else t.requires_grad_() for t in make_inputs(case, ldp)]
-    assert torch.autograd.gradcheck(lambda *ts: run(case, list(ts), "cpu", ldp), tensors)
+def test_a_nan_in_the_incoming_gradient_stays_in_its_token(ldp):
+    """Features' gradients: of its token, or of the tokens whose bins reach a neighbour of its bin."""
+    case = Case(lead=(2, 36), out_grid=(3, 3))
+    tensors = make_inputs(case, ldp)
+    dout = torch.randn(run(case, tensors, "cpu", ldp).shape)
+    clean = gradients_of(case, tensors, ldp, "cpu", {0}, dout)[0]
+    dout[1, 0, 3] = float("nan")
+    dx = gradients_of(case, tensors, ldp, "cpu", {0}, dout)[0]
+    tokens = torch.arange(36)
+    near = (tokens // 6 < 4) & (tokens % 6 < 4) if ldp else tokens == 0
+    assert dx[1, near].isnan().all() and not dx[1, ~near].isnan().any() and not dx[0].isnan().any()
+    assert_close(dx[1, ~near], clean[1, ~near], GEMM)
+
+
+@NO_KERNELS
+def test_float64_is_refused_by_name_where_there_is_no_kernel_for_it():
+    """A direct call of the torch op on a GPU; here its implementation is called on CPU tensors."""
+    for backend in ("cuda", "triton"):
+        for name, function in projector_op._implementations(backend).items():
+            ldp = name.startswith("ldp")
+            case = Case(dtype=F64)
+            tensors = make_inputs(case, ldp)
+            arguments = op_arguments(case, tensors, ldp)
+            if name.endswith("_bwd"):
+                arguments = [run(case, tensors, "cpu", ldp), *arguments, [True] * len(tensors)]
+            with pytest.raises(DtypeError, match=f"{name}: .*float64.*{backend}"):
+                function(*arguments)
 
 
 @NO_KERNELS
@@ -491,16 +672,20 @@ def test_threads_change_no_bit_of_our_passes(threads):
     """The products are the library's; the passes around them are ours."""
     g = torch.Generator().manual_seed(0)
     hidden, bias = torch.randn(2, 35, 700, generator=g), torch.randn(700, generator=g)
-    weight, op = torch.randn(700, 1, 3, 3, generator=g), torch.ops.cobra_kernels
+    weight, dy, op = torch.randn(700, 1, 3, 3, generator=g), torch.randn(12, 2, 700, generator=g).transpose(0, 1), torch.ops.cobra_kernels
 
     def once():
         h = hidden.flatten(0, 1).clone()
         op.projector_bias_gelu_(h, bias, BF16)
         pooled = op.projector_gelu_pool(hidden, bias, 5, 7, 3, 4, F32)
-        return h, pooled, op.projector_peg(pooled, weight, bias, 3, 4, F16)
+        y = op.projector_peg(pooled, weight, bias, 3, 4, F16)
+        dp = op.projector_peg_bwd(dy, pooled, bias, weight, 3, 4, F32, F32, F32, BF16)
+        dz = op.projector_gelu_pool_bwd(dp[0], hidden, bias, 5, 7, 3, 4, F32, F16)
+        return h, pooled, y, *dp, *dz, *op.projector_gelu_bwd(dz[0], hidden.flatten(0, 1), bias, BF16, F32)
 
     one, two = threads(once, 1, 2)
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    assert len(one) == 11 and all(torch.equal(a, b) for a, b in zip(one, two))
+    assert all(torch.equal(a, b) for a, b in zip(one, once()))  # and run to run
 
 
 @NO_KERNELS
@@ -585,6 +770,19 @@ def test_torch_ops_called_directly_stay_inside_their_tensors():
         (lambda: op.projector_peg(pooled, torch.zeros(4, 1, 3, 2), None, 2, 2, F32), "weight has size 2"),
         (lambda: op.projector_peg(pooled, torch.zeros(4, 1, 3, 3), None, 3, 2, F32), "grid"),
         (lambda: op.projector_peg(pooled, torch.zeros(4, 1, 3, 3), None, 2, 2, F64), "float64"),
+        (lambda: op.projector_bias_gelu(hidden[0], None, F32, F64), "float64"),
+        (lambda: op.projector_gelu_bwd(hidden[0], hidden[0, :5], None, F32, None), "sums has size 5"),
+        (lambda: op.projector_gelu_bwd(hidden[0], hidden[0].half(), None, F32, None), "compute dtype"),
+        (lambda: op.projector_gelu_bwd(hidden[0], hidden[0].t().contiguous().t(), None, F32, None), "not contiguous"),
+        (lambda: op.projector_gelu_bwd(hidden[0], None, torch.zeros(4), F32, None), "bias without sums"),
+        (lambda: op.projector_gelu_bwd(hidden[0], hidden[0], torch.zeros(3), F32, None), "bias has size 3"),
+        (lambda: op.projector_gelu_bwd(hidden[0], hidden[0], None, F64, None), "dz_dtype mixes float64"),
+        (lambda: op.projector_gelu_pool_bwd(pooled, hidden, None, 2, 3, 2, 3, F32, None), "grid"),
+        (lambda: op.projector_gelu_pool_bwd(pooled, hidden, None, 2, 2, 2, 2, F32, None), "sums has size 6"),
+        (lambda: op.projector_peg_bwd(pooled, None, None, torch.zeros(4, 1, 3, 3), 2, 2, F32, F32, None, None), "dweight needs"),
+        (lambda: op.projector_peg_bwd(pooled, None, None, torch.zeros(4, 1, 3, 2), 2, 2, F32, None, None, None), "weight has size 2"),
+        (lambda: op.projector_peg_bwd(pooled, hidden, None, torch.zeros(4, 1, 3, 3), 2, 2, F32, F32, None, None), "sums has size 6"),
+        (lambda: op.projector_peg_bwd(pooled, None, None, torch.zeros(4, 1, 3, 3), 3, 2, F32, None, None, None), "grid"),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -593,6 +791,8 @@ def test_torch_ops_called_directly_stay_inside_their_tensors():
 def test_supports_says_what_the_op_does():
     ok, reason = cobra_kernels.supports("mlp_projector", [X, X2], [W1, W2], None, backend="reference")
     assert ok and reason == "reference; gradients: autograd of the reference"
+    if not cobra_kernels.backends()["cpu"]:
+        assert cobra_kernels.supports("mlp_projector", [X, X2], [W1, W2], None)[1].startswith("cpu; gradients: C++ kernels (GELU")
     ok, reason = cobra_kernels.supports("ldp_projector", [X, X2], [W1, W2], None, PW, PB, backend="cuda")
     assert not ok and "CUDA tensors" in reason
     ok, reason = cobra_kernels.supports("ldp_projector", [X], [W1, W2], None, PW, PB)
@@ -631,6 +831,18 @@ def test_opcheck(case, ldp):
     torch.library.opcheck(getattr(op, f"{name}_bwd").default, gradient_arguments(case, tensors, ldp, "cpu"))
     leaves = [t if t is None else t.requires_grad_() for t in tensors]
     torch.library.opcheck(getattr(op, name).default, (*op_arguments(case, leaves, ldp), "cpu"))
+
+
+@NO_KERNELS
+def test_opcheck_of_the_backward_passes():
+    g = torch.Generator().manual_seed(0)
+    d, hidden, dy = (torch.randn(shape, generator=g) for shape in ((6, 5), (2, 6, 5), (2, 4, 5)))
+    bias, weight, op = torch.randn(5, generator=g), torch.randn(5, 1, 3, 3, generator=g), torch.ops.cobra_kernels
+    for dtypes in ((F32, F16), (BF16, None)):
+        torch.library.opcheck(op.projector_gelu_bwd.default, (d, d + 1, bias, *dtypes))
+        torch.library.opcheck(op.projector_gelu_bwd.default, (hidden.transpose(0, 1), None, None, *dtypes))
+        torch.library.opcheck(op.projector_gelu_pool_bwd.default, (dy, hidden, bias, 2, 3, 2, 2, *dtypes))
+        torch.library.opcheck(op.projector_peg_bwd.default, (dy.transpose(0, 1).contiguous().transpose(0, 1), dy, bias, weight, 2, 2, *dtypes, *dtypes))
 
 
 @both
