@@ -50,11 +50,14 @@ def test_equals_torch_for_any_layout(calls, shape, out, bias):
 
 def test_stays_with_torch_where_it_must(calls):
     x, layer = torch.randn(4, 32), nn.Linear(32, 16)
-    out = apply_linear(layer, x)
-    assert out.requires_grad and not calls  # gradients
-    frozen = nn.Linear(32, 16).requires_grad_(False)
-    apply_linear(frozen, x)
-    assert len(calls) == 1  # nothing here requires one
+    apply_linear(layer, x)
+    assert len(calls) == 1
+    torch.func.grad(lambda x: linear(x, layer.weight).sum())(x)
+    torch.func.vmap(lambda x: linear(x, layer.weight))(x)
+    with torch.autograd.forward_ad.dual_level():
+        tangent = torch.autograd.forward_ad.unpack_dual(linear(torch.autograd.forward_ad.make_dual(x, x), layer.weight)).tangent
+    assert_close(tangent, F.linear(x, layer.weight), GEMM)
+    assert len(calls) == 1  # transforms see through torch's own product only
     with torch.no_grad():
         linear(x.double(), layer.weight.double())
         linear(x.bfloat16(), layer.weight.bfloat16())
@@ -75,6 +78,39 @@ def test_stays_with_torch_where_it_must(calls):
 
         assert torch.equal(apply_linear(d := Doubled(32, 16), x), d(x))
         assert len(calls) == 1
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (65, 33), (2, 19, 48)], ids=str)
+@pytest.mark.parametrize("wanted", ["xwb", "x", "w", "b", "xw"])
+def test_gradients_equal_torchs_for_any_layout(calls, shape, wanted):
+    """Of the product, and of its gradients; expanded gradients that arrive included; no product for what nobody wants."""
+    weight, bias = torch.randn(24, shape[-1]), torch.randn(24)
+    for name, x in layouts(torch.randn(shape)).items():
+        for dy in (torch.randn(*shape[:-1], 24), torch.ones(()).expand(*shape[:-1], 24)):
+            results = []
+            for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
+                tensors = [t.detach().to(dtype).requires_grad_(key in wanted) for key, t in zip("xwb", (x, weight, bias))]
+                leaves = [t for t in tensors if t.requires_grad]
+                calls.clear()
+                out = function(*tensors)
+                grads = torch.autograd.grad(out, leaves, dy.to(dtype), create_graph=len(wanted) > 1)
+                count = len(calls)
+                if len(wanted) > 1:
+                    grads += torch.autograd.grad(sum(g.square().sum() for g in grads), leaves, allow_unused=True)
+                results.append([out, *(g for g in grads if g is not None)])
+                if function is linear:
+                    assert count == 1 + len(set(wanted) & set("xw"))
+            for got, want in zip(*results, strict=True):
+                assert_close(got, want, GEMM, name)
+
+
+def test_a_backward_inside_autocast_stays_in_fp32(calls):
+    x, weight = torch.randn(9, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+    out = linear(x, weight)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out.sum().backward()
+    assert len(calls) == 3
+    assert_close(x.grad, torch.ones(9, 16) @ weight.detach(), GEMM)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cobra_kernels
 from cobra_kernels import causal_conv1d, mamba_inner, selective_scan
+from cobra_kernels import linear as linear_module
 from cobra_kernels.errors import ArgumentError, BackendUnavailable, DtypeError, ShapeError
 from cobra_kernels.ops.mamba_inner import fused
 from cobra_kernels.ops.mamba_inner.arguments import DIFFERENTIABLE
@@ -286,6 +287,22 @@ def unfused(inputs: dict) -> dict[str, torch.Tensor]:
     outputs = (linear(y.transpose(1, 2), i["out_proj_weight"], i["out_proj_bias"]), conv_state, ssm_state)
     weighted(outputs).backward()
     return dict(zip(("out", "conv_state", "ssm_state"), (o.detach() for o in outputs))) | {f"d{k}": t.grad for k, t in leaves.items()}
+
+
+@NO_KERNELS
+@pytest.mark.parametrize("case", [Case(seqlen=65), Case(layout="channel_first"), Case(norms="b c dt", initial=True)], ids=lambda c: c.id)
+def test_gradients_by_the_library_of_large_products(case, monkeypatch):
+    """Small products stay with one library, and every other case here is small: the other one reads the same transposed views."""
+    seen, original = [], linear_module._onednn
+    if original is None:
+        pytest.skip("this torch was built without oneDNN")
+    monkeypatch.setattr(linear_module, "_onednn", lambda x, *rest: seen.append(x.shape) or original(x, *rest))
+    monkeypatch.setattr(linear_module, "MIN_PRODUCTS", 1)
+    inputs = make_inputs(case)
+    got = run(inputs, "cpu")
+    assert len(seen) == 9
+    for name, want in run(in_fp64(inputs), "reference").items():
+        assert_close(got[name], want, GEMM, name)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.dtype == F32][::3], ids=lambda c: c.id)
