@@ -125,6 +125,18 @@ def test_values(case, backend):
         assert_close(got, want, OUTPUT[got.dtype], f"{name}[{backend}]")
 
 
+@pytest.mark.parametrize("layouts", [("contiguous", "transposed"), ("transposed", "sliced"), ("expanded", "contiguous")], ids="-".join)
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+def test_a_layout_of_its_own_for_every_tensor(backend, layouts):
+    """No tensor may be read by the strides of another, nor have its leading dims merged because another's merge."""
+    case = Case(shape=(5, 6, 33), bias=True)
+    tensors = make_inputs(case)
+    tensors |= {name: laid_out(tensors[name], layout) for name, layout in zip(("x", "residual"), layouts)}
+    tensors |= {name: tensors[name].repeat_interleave(step)[::step] for name, step in (("weight", 2), ("bias", 3))}
+    for got, want in zip(run(case, tensors, backend), run(case, in_fp64(tensors), "reference")):
+        assert_close(got, want, OUTPUT[got.dtype], f"{layouts}[{backend}]")
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("is_rms_norm", [True, False])
 def test_every_level(cpu_level, dtype, is_rms_norm):
@@ -373,6 +385,24 @@ def test_compile_fullgraph(backend):
         assert cobra_kernels.call_counts()["rms_norm", "cpu"] >= 1  # the compiled graph calls the kernel
     for got, want in zip(torch.autograd.grad(out.sum(), leaves), torch.autograd.grad(f(*leaves).sum(), leaves)):
         assert_close(got, want, 1e-6)
+
+
+@pytest.mark.skipif(not kernel_backends(), reason="no compiled kernels")
+def test_use_backend_ends_with_its_block():
+    """Blocks nest, and one that ends by an error ends too."""
+
+    def served_by():
+        return cobra_kernels.supports("rms_norm", X, W)[1].split(";")[0]
+
+    default = served_by()
+    with cobra_kernels.use_backend("reference"):
+        with cobra_kernels.use_backend(None):
+            assert served_by() == default
+        assert served_by() == "reference"
+    assert served_by() == default
+    with pytest.raises(KeyError), cobra_kernels.use_backend("reference"):
+        raise KeyError
+    assert served_by() == default
 
 
 @pytest.mark.skipif(not kernel_backends(), reason="no compiled kernels")
