@@ -2,13 +2,8 @@
 // (batch row, time chunk, channel). It reads the width - 1 steps before its chunk again, so nothing is shared. Outputs whose
 // window touches an initial state, and tensors with strides, go through rows in compute precision; the rest reads x and
 // writes y directly. Both are the same chain of multiply-adds, so the cut shows in no bit.
-#include "causal_conv1d/causal_conv1d.h"
-#include "common/conv_window.h"
+#include "causal_conv1d/causal_conv1d_cpu.h"
 #include "common/cpu_level.h"
-#include "common/vec.h"
-
-#include <algorithm>
-#include <vector>
 
 namespace cobra {
 COBRA_DECLARE_LEVELS(causal_conv1d_fwd, CausalConv1dFwdParams)
@@ -22,59 +17,6 @@ using Params = CausalConv1dFwdParams;
 constexpr int64_t kChannelBlock = 8192;  // channel_last: long runs along a row of x keep the hardware prefetcher going
 constexpr int64_t kRowsChunk = 16;       // channel_last: time steps of a unit of work
 constexpr int64_t kTimeChunk = 1024;     // channel_first: time steps of a unit of work
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t whole_vectors(int64_t n, int64_t width) { return ceil_div(n, width) * width; }
-
-// First positions of the packed sequences, then the end of the last: made monotone and put inside [0, seqlen], so that a
-// bad value gives wrong numbers and not an access outside x. Empty when nothing is packed.
-std::vector<int64_t> sequence_starts(const Params& p) {
-  std::vector<int64_t> starts(p.num_seqs > 0 ? p.num_seqs + 1 : 0);
-  int64_t at_least = 0;
-  for (int64_t i = 0; i < int64_t(starts.size()); ++i)
-    starts[i] = at_least = std::clamp(load_index(p.cu_seqlens, p.cu_seqlens_dtype, i * p.cu_seqlens_stride), at_least, p.seqlen);
-  return starts;
-}
-
-// Part [begin, end) of one sequence, which begins at `start`. state: its row of the state tensors, -1 in the padding after
-// the last packed sequence.
-struct Piece { int64_t state, start, begin, end; };
-
-// Calls f(Piece) on the pieces of batch row b that lie in [begin, end), in order.
-template <class F>
-void for_each_piece(const Params& p, const std::vector<int64_t>& starts, int64_t b, int64_t begin, int64_t end, F&& f) {
-  if (!p.cu_seqlens) return f(Piece{b, 0, begin, end});
-  int64_t i = std::upper_bound(starts.begin(), starts.end(), begin) - starts.begin() - 1;  // empty ones are passed over
-  while (begin < end) {
-    if (i < 0 || i == p.num_seqs) return f(Piece{-1, begin, begin, end});
-    const int64_t stop = std::min(end, starts[i + 1]);
-    if (begin < stop) f(Piece{i, starts[i], begin, stop});
-    begin = stop;
-    ++i;
-  }
-}
-
-int64_t x_offset(const Params& p, int64_t b, int64_t d, int64_t t) {
-  return b * p.x_stride.batch + d * p.x_stride.dim + t * p.x_stride.seqlen;
-}
-int64_t y_offset(const Params& p, int64_t b, int64_t d, int64_t t) {
-  return b * p.y_stride.batch + d * p.y_stride.dim + t * p.y_stride.seqlen;
-}
-
-// `channels` inputs from channel d on, at time t of the sequence: before its start from the initial state, or 0.
-template <class T>
-void load_step(const Params& p, T* dst, const Piece& piece, int64_t b, int64_t d, int64_t t, int64_t channels) {
-  if (t >= piece.start) return load_row(dst, p.x, p.x_dtype, x_offset(p, b, d, t), p.x_stride.dim, channels);
-  if (!p.initial_states) return void(std::fill_n(dst, channels, T(0)));
-  const auto& stride = p.initial_states_stride;
-  const int64_t column = p.width - 1 + t - piece.start;
-  load_row(dst, p.initial_states, p.initial_states_dtype, piece.state * stride.batch + d * stride.dim + column * stride.seqlen,
-           stride.dim, channels);
-}
-
-int64_t seq_idx_at(const Params& p, int64_t b, int64_t t) {
-  return load_index(p.seq_idx, p.seq_idx_dtype, b * p.seq_idx_batch_stride + t * p.seq_idx_stride);
-}
 
 // Channels side by side in x and y: rows of x are read where they lie. X is the dtype of both.
 template <class X, class T>
@@ -104,8 +46,8 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
         if (p.bias) load_row(bias.data(), p.bias, p.bias_dtype, d * p.bias_stride, p.bias_stride, channels);
         loaded_block = block;
       }
-      const auto x_row = [&](int64_t t) { return static_cast<const X*>(p.x) + x_offset(p, b, d, t); };
-      const auto y_row = [&](int64_t t) { return static_cast<X*>(p.y) + y_offset(p, b, d, t); };
+      const auto x_row = [&](int64_t t) { return static_cast<const X*>(p.x) + offset_of(p.x_stride, b, d, t); };
+      const auto y_row = [&](int64_t t) { return static_cast<X*>(p.y) + offset_of(p.y_stride, b, d, t); };
       const int64_t chunk_end = std::min(p.seqlen, (chunk + 1) * kRowsChunk);
       for_each_piece(p, starts, b, chunk * kRowsChunk, chunk_end, [&](const Piece& piece) {
         if (piece.state < 0) {
@@ -117,7 +59,7 @@ void fwd_channel_last(const Params& p, const std::vector<int64_t>& starts, const
             for (int64_t w = 0; w < p.width; ++w)
               load_step(p, staged.data() + w * room, piece, b, d, t - past + w, channels);
             one_staged(staged_rows.data(), weight.data(), room, bias.data(), p.width, p.silu, channels, &staged_y, 0, 0);
-            store_row(p.y, p.x_dtype, y_offset(p, b, d, t), 1, staged_y, channels);
+            store_row(p.y, p.x_dtype, offset_of(p.y_stride, b, d, t), 1, staged_y, channels);
             ++t;
             continue;
           }
@@ -254,17 +196,17 @@ void fwd_channel_first(const Params& p, const std::vector<int64_t>& starts, cons
           std::fill_n(y.data(), n, T(0));
         } else if (staged > 0) {
           for (int64_t r = 0; r < past; ++r) load_step(p, x - past + r, piece, b, d, piece.begin - past + r, 1);
-          load_row(x, p.x, p.x_dtype, x_offset(p, b, d, piece.begin), p.x_stride.seqlen, staged);
+          load_row(x, p.x, p.x_dtype, offset_of(p.x_stride, b, d, piece.begin), p.x_stride.seqlen, staged);
           if (p.seq_idx) {
             conv_time_seq_idx(x, staged, weight.data(), bias, p.width, p.silu, same.data(), room, y.data());
           } else {
             conv_staged(x, whole_vectors(staged, Vec<T>::kWidth), weight.data(), bias, p.width, p.silu, y.data());
           }
         }
-        store_row(p.y, p.x_dtype, y_offset(p, b, d, piece.begin), p.y_stride.seqlen, y.data(), piece.state < 0 ? n : staged);
+        store_row(p.y, p.x_dtype, offset_of(p.y_stride, b, d, piece.begin), p.y_stride.seqlen, y.data(), piece.state < 0 ? n : staged);
         if (piece.state >= 0 && staged < n)
-          conv(static_cast<const X*>(p.x) + x_offset(p, b, d, piece.begin + staged), n - staged, weight.data(), bias, p.width, p.silu,
-               static_cast<X*>(p.y) + y_offset(p, b, d, piece.begin + staged));
+          conv(static_cast<const X*>(p.x) + offset_of(p.x_stride, b, d, piece.begin + staged), n - staged, weight.data(), bias, p.width, p.silu,
+               static_cast<X*>(p.y) + offset_of(p.y_stride, b, d, piece.begin + staged));
       });
     }
   });
@@ -278,7 +220,7 @@ void copy_final_states(const Params& p, const std::vector<int64_t>& starts, cons
     const Buffer<T> step(kChannelBlock);
     for (int64_t unit = first_unit; unit < last_unit; ++unit) {
       const int64_t state = unit / blocks, d = unit % blocks * kChannelBlock, channels = std::min(kChannelBlock, p.dim - d);
-      const Piece whole = p.cu_seqlens ? Piece{state, starts[state], starts[state], starts[state + 1]} : Piece{state, 0, 0, p.seqlen};
+      const Piece whole = whole_sequence(p, starts, state);
       for (int64_t j = 0; j < columns; ++j) {
         load_step(p, step.data(), whole, p.cu_seqlens ? 0 : state, d, whole.end - columns + j, channels);
         store_row(p.final_states, p.x_dtype, (state * p.dim + d) * columns + j, columns, step.data(), channels);

@@ -7,9 +7,7 @@
 //   any            any strides, any width: a thread owns 8 outputs along the slower axis and reads every tap.
 // Outputs whose window is not what lies before them in memory (start of a packed sequence, padding, seq_idx) are "special": the first two
 // kernels compute them as if they were not, then again, one by one.
-#include "causal_conv1d/causal_conv1d.h"
-#include "common/conv_cuda.cuh"
-#include "common/reduce.cuh"
+#include "causal_conv1d/causal_conv1d_cuda.cuh"
 
 namespace cobra {
 namespace {
@@ -37,43 +35,6 @@ struct Launch {
 
 __device__ __forceinline__ int flat_thread() { return int(threadIdx.y * blockDim.x + threadIdx.x); }
 
-__device__ __forceinline__ int64_t at(const Params::Stride& stride, int64_t b, int64_t d, int64_t t) {
-  return b * stride.batch + d * stride.dim + t * stride.seqlen;
-}
-
-// --- sequences --------------------------------------------------------------------------------------------------------
-
-// Steps [start, end) of a batch row; state: their row of the state tensors, -1 in the padding after the last packed sequence.
-struct Sequence {
-  int64_t state = -1, start = 0, end = 0;
-};
-
-// Boundary i of the packed sequences, inside [0, seqlen] whatever cu_seqlens holds.
-__device__ __forceinline__ int64_t boundary(const Params& p, int64_t i) {
-  return least(greatest(load_index(p.cu_seqlens, p.cu_seqlens_dtype, i * p.cu_seqlens_stride), 0), p.seqlen);
-}
-
-// Moves on to the sequence of step t; `sequence` is that of an earlier step of batch row b, or empty.
-__device__ __forceinline__ void find_sequence(const Params& p, int64_t b, int64_t t, Sequence& sequence) {
-  if (t < sequence.end) return;
-  sequence = {b, 0, p.seqlen};
-  if (!p.cu_seqlens) return;
-  int64_t low = 0, high = p.num_seqs;  // the first sequence that ends after t: empty ones are passed over
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (boundary(p, middle + 1) > t)
-      high = middle;
-    else
-      low = middle + 1;
-  }
-  sequence.state = low < p.num_seqs ? low : -1;
-  if (low < p.num_seqs) sequence.start = least(boundary(p, low), t), sequence.end = boundary(p, low + 1);
-}
-
-__device__ __forceinline__ int64_t seq_idx_at(const Params& p, int64_t b, int64_t t) {
-  return load_index(p.seq_idx, p.seq_idx_dtype, b * p.seq_idx_batch_stride + t * p.seq_idx_stride);
-}
-
 // Is the window of each step of [begin, end) what lies before it in memory, with zeros before step 0? `sequence` is that of `begin`.
 __device__ __forceinline__ bool is_plain(const Params& p, int64_t begin, int64_t end, const Sequence& sequence) {
   const bool whole = begin - sequence.start >= p.width - 1 || (sequence.start == 0 && !p.initial_states);
@@ -96,22 +57,6 @@ __device__ __forceinline__ void for_each_special(const Params& p, int64_t b, int
     }
     if (special) f(t, sequence);
   }
-}
-
-// Is step t padding?
-__device__ __forceinline__ bool is_padding(const Params& p, int64_t b, int64_t t, const Sequence& sequence) {
-  return sequence.state < 0 || (p.seq_idx && seq_idx_at(p, b, t) < 0);
-}
-
-// Does x at step `tap` count for step t of the same sequence?
-__device__ __forceinline__ bool counts(const Params& p, int64_t b, int64_t t, int64_t tap) {
-  return !p.seq_idx || seq_idx_at(p, b, tap) == seq_idx_at(p, b, t);
-}
-
-// The input `back` >= 1 steps before the start of a sequence: from its initial state, or 0.
-__device__ __forceinline__ float before_start(const Params& p, int64_t state, int64_t d, int64_t back) {
-  const int64_t column = p.width - 1 - back;
-  return p.initial_states && column >= 0 ? load_value(p.initial_states, p.initial_states_dtype, at(p.initial_states_stride, state, d, column)) : 0.f;
 }
 
 // One output in fp32, whatever the case.
@@ -267,12 +212,6 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMambaTaps ? 4 : 3) channel
 }
 
 // --- channel_first ----------------------------------------------------------------------------------------------------
-
-// How many elements p lies behind a 16-byte boundary.
-template <class T>
-__device__ __forceinline__ int behind_alignment(const T* p) {
-  return int(reinterpret_cast<uintptr_t>(p) / sizeof(T) % (16 / sizeof(T)));
-}
 
 template <class T>
 using Granule = Words<T, kFirstItems>;
@@ -438,15 +377,6 @@ __global__ void __launch_bounds__(kThreads, 8) any_kernel(const __grid_constant_
 }
 
 // --- launch -----------------------------------------------------------------------------------------------------------
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Is (b, d, 0) for every b and d, or (b, 0, t) for every b and t, on a boundary of `bytes`? Dims of size 1 do not count.
-bool rows_are_aligned(const void* base, const Params& p, int64_t batch_stride, int64_t row_stride, int64_t rows, int64_t bytes) {
-  const int64_t elements = bytes / int64_t(size_of(p.x_dtype));
-  return reinterpret_cast<uintptr_t>(base) % bytes == 0 && (p.batch == 1 || batch_stride % elements == 0) &&
-         (rows == 1 || row_stride % elements == 0);
-}
 
 int start(void (*kernel)(Launch), const Launch& l, dim3 block, void* stream) {
   if (l.units == 0) return 0;

@@ -78,12 +78,12 @@ COBRA_INLINE void store_tile(X* y, T* sums, int64_t n, bool silu) {
 }
 
 // kSteps outputs of `channels` channels from rows[0 .. width - 1 + kSteps): y[s] gets the window that starts at rows[s].
-// X is the dtype in memory, T the one computed in. weight is (width, weight_stride) and, like bias, padded to whole vectors.
+// X and Y are the dtypes in memory, T the one computed in. weight is (width, weight_stride) and, like bias, padded to whole vectors.
 // kWidth 0: the width is known at run time only. `x_ahead`, `y_ahead`: elements from the newest rows to those of the next call,
 // which are prefetched: a row is too short for the hardware to have learnt it.
-template <class X, class T, int kWidth, int kSteps>
+template <class X, class T, class Y, int kWidth, int kSteps>
 void conv_rows(const X* const* rows, const T* weight, int64_t weight_stride, const T* bias, int64_t width, bool silu,
-               int64_t channels, X* const* y, int64_t x_ahead, int64_t y_ahead) {
+               int64_t channels, Y* const* y, int64_t x_ahead, int64_t y_ahead) {
   constexpr int kLanes = Vec<T>::kWidth;
   const int64_t taps = kWidth > 0 ? kWidth : width;
   const auto sums_at = [&](int64_t c, auto load_x, auto put) {
@@ -109,7 +109,7 @@ void conv_rows(const X* const* rows, const T* weight, int64_t weight_stride, con
   const auto prefetch = [&](int64_t c) {
     for (int s = 0; s < kSteps; ++s) {
       __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(rows[taps - 1 + s]) + (c + x_ahead) * sizeof(X)), 0);
-      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(y[s]) + (c + y_ahead) * sizeof(X)), 1);
+      __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(y[s]) + (c + y_ahead) * sizeof(Y)), 1);
     }
   };
   const int64_t whole = channels / kLanes * kLanes, left = channels - whole;
@@ -138,23 +138,23 @@ void conv_rows(const X* const* rows, const T* weight, int64_t weight_stride, con
   }
 }
 
-template <class X, class T>
+template <class X, class T, class Y = X>
 using ConvRows = void (*)(const X* const* rows, const T* weight, int64_t weight_stride, const T* bias, int64_t width, bool silu,
-                          int64_t channels, X* const* y, int64_t x_ahead, int64_t y_ahead);
+                          int64_t channels, Y* const* y, int64_t x_ahead, int64_t y_ahead);
 
 // The instance for a width known at run time. kSteps is 1 or kConvSteps.
 template <class X, class T, int kSteps>
 ConvRows<X, T> conv_rows_for(int64_t width) {
   switch (width) {
-    case 1: return conv_rows<X, T, 1, kSteps>;
-    case 2: return conv_rows<X, T, 2, kSteps>;
-    case 3: return conv_rows<X, T, 3, kSteps>;
-    case 4: return conv_rows<X, T, 4, kSteps>;
-    case 5: return conv_rows<X, T, 5, kSteps>;
-    case 6: return conv_rows<X, T, 6, kSteps>;
-    case 7: return conv_rows<X, T, 7, kSteps>;
-    case 8: return conv_rows<X, T, 8, kSteps>;
-    default: return conv_rows<X, T, 0, kSteps>;
+    case 1: return conv_rows<X, T, X, 1, kSteps>;
+    case 2: return conv_rows<X, T, X, 2, kSteps>;
+    case 3: return conv_rows<X, T, X, 3, kSteps>;
+    case 4: return conv_rows<X, T, X, 4, kSteps>;
+    case 5: return conv_rows<X, T, X, 5, kSteps>;
+    case 6: return conv_rows<X, T, X, 6, kSteps>;
+    case 7: return conv_rows<X, T, X, 7, kSteps>;
+    case 8: return conv_rows<X, T, X, 8, kSteps>;
+    default: return conv_rows<X, T, X, 0, kSteps>;
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -242,11 +243,15 @@ def test_closed_forms(backend, layout):
 @pytest.mark.parametrize("states", STATES)
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_layouts_agree_bit_for_bit(states, dtype):
+    """Outputs and the gradients that are not summed over positions."""
     kwargs = make_inputs(Case(states=states, dtype=dtype, dim=37, seqlen=150, bounds=(0, 2, 70, 140)))
-    want = run(kwargs, "cpu")
+    want, douts = run(kwargs, "cpu"), random_douts(kwargs)
+    want_gradients = dict(zip(leaves_of(kwargs), gradients(kwargs, leaves_of(kwargs), "cpu", douts)))
     for layout in set(LAYOUTS) - {"expanded"}:
-        got = run({**kwargs, "x": laid_out(kwargs["x"], layout)}, "cpu")
-        assert all(torch.equal(a, b) for a, b in zip(got, want)), layout
+        other = {**kwargs, "x": laid_out(kwargs["x"], layout)}
+        assert all(torch.equal(a, b) for a, b in zip(run(other, "cpu"), want)), layout
+        got = dict(zip(leaves_of(other), gradients(other, leaves_of(other), "cpu", [laid_out(douts[0], layout), *douts[1:]])))
+        assert all(torch.equal(got[k], want_gradients[k]) for k in {"x", "initial_states"} & set(got)), layout
 
 
 # --- states ----------------------------------------------------------------------------------------------------------
@@ -306,67 +311,158 @@ def test_final_states_out(backend):
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
+LEAVES = ("x", "weight", "bias", "initial_states")
+PLAIN_AND_ROWS = ("channel_first", "channel_last")
+ALL_LENGTHS = tuple(itertools.accumulate(range(11)))  # packed sequences of every length up to 10
 GRADIENT_CASES = [
-    *(Case(states=s, layout=x, activation=a) for s in STATES for x in ("channel_first", "channel_last", "strided") for a in (None, "silu")),
-    *(Case(seqlen=n, width=w, states=s) for n in (0, 1, 2, 3, 5) for w in (1, 2, 4, 6) for s in ("none", "initial")),
-    *(Case(dtype=d, weight_dtype=F32, state_dtype=F32, states=s) for d in (BF16, F16) for s in STATES),
-    *(Case(batch=b, dim=d, bias=False) for b, d in ((0, 24), (2, 0))),
-]
+    *(Case(states=s, layout=x, activation=a, bias=b) for s in STATES for x in LAYOUTS for a, b in (("silu", True), ("silu", False), (None, True))),
+    # Every length up to the width, for every width: a sequence shorter than its window.
+    *(Case(seqlen=n, width=w, states=s, layout=x, dim=17)
+      for w in range(1, 10) for n in range(w + 1) for s in ("none", "initial") for x in PLAIN_AND_ROWS),
+    *(Case(seqlen=57, width=w, states=s, layout=x, bounds=ALL_LENGTHS)
+      for w in (1, 2, 4, 8, 11) for s in ("packed", "packed_initial") for x in PLAIN_AND_ROWS),
+    *(Case(states="packed_initial", bounds=b, layout=x) for b in ((0,), (0, 0), (0, 19), (0, 1, 2, 3, 19)) for x in PLAIN_AND_ROWS),
+    *(Case(width=w, states="seq_idx", layout=x) for w in (1, 2, 3, 8, 9) for x in PLAIN_AND_ROWS),
+    *(Case(dtype=d, weight_dtype=w, state_dtype=i, states=s, layout=x)
+      for d, w, i in ((BF16, None, None), (BF16, F32, F32), (F16, BF16, F32), (F32, BF16, F16)) for s in STATES for x in PLAIN_AND_ROWS),
+    # Around the chunks of time and the blocks of channels of a unit of work.
+    *(Case(seqlen=n, dim=5, layout="channel_last", states=s, bounds=(0, 3, 125, 126, n))
+      for n in (127, 128, 129, 131, 132, 257) for s in ("none", "packed_initial", "seq_idx")),
+    *(Case(seqlen=n, dim=3, states=s, bounds=(0, 3, 1021, 1023, n - 1)) for n in (1024, 1025, 1027, 2049) for s in ("none", "packed_initial", "seq_idx")),
+    *(Case(dim=d, seqlen=7, layout="channel_last", states=s) for d in (2047, 2048, 2049, 4099) for s in ("none", "initial")),
+    *(Case(batch=b, dim=d, states=s) for b, d in ((0, 24), (2, 0), (3, 7)) for s in ("none", "initial")),
+]  # fmt: skip
+GRADIENT_CASES = list(dict.fromkeys(GRADIENT_CASES))
 
 
-@pytest.mark.parametrize("incoming", ["channel_first", "channel_last", "expanded"])
-@pytest.mark.parametrize("case", list(dict.fromkeys(GRADIENT_CASES)), ids=lambda c: c.id)
-@pytest.mark.parametrize("backend", kernel_backends())
-def test_gradients(case, backend, incoming):
-    kwargs = make_inputs(case)
-    names = [k for k in ("x", "weight", "bias", "initial_states") if kwargs.get(k) is not None]
-    leaves = {k: kwargs[k].detach().clone(memory_format=torch.preserve_format).requires_grad_() for k in names}
-    wide = {k: v.detach().double().requires_grad_() for k, v in leaves.items()}
+def leaves_of(kwargs, wide=False) -> dict[str, torch.Tensor]:
+    """The differentiable arguments, their layout kept."""
+    given = {k: kwargs[k].detach() for k in LEAVES if kwargs.get(k) is not None}
+    return {k: (v.double() if wide else v.clone(memory_format=torch.preserve_format)).requires_grad_() for k, v in given.items()}
+
+
+def gradients(kwargs, leaves, backend, douts):
+    """Of sum(out * dout) with respect to the leaves, None of them left out; a `dout` of None gives its output none."""
     outs = run({**kwargs, **leaves}, backend)
-    expected = run({**in_fp64(kwargs), **wide}, "reference")
-    douts = [laid_out(torch.randn(o.shape, dtype=F64).to(o.dtype), incoming) if o.numel() else torch.zeros_like(o) for o in outs]
-    got = torch.autograd.grad(outs, list(leaves.values()), douts)
-    want = torch.autograd.grad(expected, list(wide.values()), [d.double() for d in douts])
-    for name, g, w in zip(names, got, want, strict=True):
+    pairs = [(o, d) for o, d in zip(outs, douts) if d is not None and o.requires_grad]
+    if not pairs:
+        return [torch.zeros_like(v) for v in leaves.values()]
+    return torch.autograd.grad([o for o, _ in pairs], list(leaves.values()), [d for _, d in pairs], allow_unused=True, materialize_grads=True)
+
+
+def random_douts(kwargs):
+    return [torch.randn(o.shape, dtype=F64).to(o.dtype) for o in run(kwargs, "reference")]
+
+
+def assert_gradients(kwargs, backend, douts, what=""):
+    leaves, wide = leaves_of(kwargs), leaves_of(kwargs, wide=True)
+    got = gradients(kwargs, leaves, backend, douts)
+    want = gradients(in_fp64(kwargs), wide, "reference", [None if d is None else d.double() for d in douts])
+    for name, g, w in zip(leaves, got, want, strict=True):
         assert g.dtype == leaves[name].dtype and g.shape == leaves[name].shape
-        assert_close(g, w, GRADIENT[g.dtype], f"d{name}")
+        assert_close(g, w, GRADIENT[g.dtype], f"d{name} {what}")
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("backend", kernel_backends())
+def test_gradients(case, backend):
+    kwargs = make_inputs(case)
+    torch.use_deterministic_algorithms(True)  # fills torch.empty with NaN: an element never written shows
+    try:
+        incoming = {"like x": case.layout if case.layout != "expanded" else "channel_first"}
+        if case.seqlen == Case().seqlen and case.width == Case().width:  # any other incoming gradient than one that is laid out as x
+            incoming |= {name: name for name in ("channel_first", "channel_last", "expanded", "strided", "sliced_last", "unaligned")}
+        for what, layout in incoming.items():
+            douts = random_douts(kwargs)
+            assert_gradients(kwargs, backend, [laid_out(d, layout) if d.numel() else d for d in douts], what)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@needs_kernels
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("layout", PLAIN_AND_ROWS)
+def test_gradients_of_a_sum(layout, states):
+    """What `.sum()` sends back has stride 0 everywhere."""
+    kwargs = make_inputs(Case(states=states, layout=layout))
+    leaves, wide = leaves_of(kwargs), leaves_of(kwargs, wide=True)
+    got = torch.autograd.grad(sum(o.sum() for o in run({**kwargs, **leaves}, "cpu")), list(leaves.values()))
+    want = torch.autograd.grad(sum(o.sum() for o in run({**in_fp64(kwargs), **wide}, "reference")), list(wide.values()))
+    for name, g, w in zip(leaves, got, want):
+        assert_close(g, w, GRADIENT[F32], f"d{name}")
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("layout", [*PLAIN_AND_ROWS, "strided"])
+def test_gradients_at_every_level(cpu_level, dtype, layout):
+    for states in STATES:
+        for dim, seqlen, width in ((1, 70, 4), (37, 35, 2), (40, 3, 8), (16, 130, 11)):
+            case = Case(dim=dim, seqlen=seqlen, width=width, dtype=dtype, layout=layout, states=states, bounds=(0, 1, 3), weight_dtype=F32)
+            kwargs = make_inputs(case, dim)
+            assert_gradients(kwargs, "cpu", [laid_out(d, layout) for d in random_douts(kwargs)], f"{states} {dim} {seqlen} {width}")
+
+
+@needs_kernels
+def test_the_backend_of_the_forward_runs_the_backward():
+    cobra_kernels.reset_call_counts()
+    kwargs = make_inputs(Case(states="initial"))
+    gradients(kwargs, leaves_of(kwargs), "cpu", random_douts(kwargs))
+    counts = cobra_kernels.call_counts()
+    assert counts["causal_conv1d", "cpu"] == counts["causal_conv1d_bwd", "cpu"] == 1
+    assert ("causal_conv1d_bwd", "triton") not in counts
 
 
 @pytest.mark.parametrize("states", STATES)
-@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
-def test_gradcheck_in_fp64(backend, states):
-    kwargs = make_inputs(Case(dim=2, seqlen=6, width=3, dtype=F64, states=states, bounds=(0, 1, 4, 5)))
-    names = [k for k in ("x", "weight", "bias", "initial_states") if kwargs.get(k) is not None]
+def test_gradcheck_of_the_reference(states):
+    gradcheck(Case(dim=2, seqlen=6, width=3, dtype=F64, states=states, bounds=(0, 1, 4, 5)), "reference")
+
+
+@needs_kernels
+@pytest.mark.parametrize("states", STATES)
+@pytest.mark.parametrize("layout", PLAIN_AND_ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("width", [1, 2, 4, 9])
+def test_gradcheck_in_fp64(states, layout, bias, activation, width):
+    """Every combination of the optional arguments, on the cpu backend's own kernels."""
+    gradcheck(Case(dim=2, seqlen=6, width=width, dtype=F64, states=states, layout=layout, bias=bias, activation=activation, bounds=(0, 1, 4, 5)), "cpu")
+
+
+def gradcheck(case, backend):
+    kwargs = make_inputs(case)
+    leaves = leaves_of(kwargs)
 
     def f(*tensors):
-        return run({**kwargs, **dict(zip(names, tensors))}, backend)
+        return run({**kwargs, **dict(zip(leaves, tensors))}, backend)
 
-    assert torch.autograd.gradcheck(f, [kwargs[k].requires_grad_() for k in names])
+    # Fast mode projects the Jacobian on random vectors, so that the whole grid is affordable.
+    assert torch.autograd.gradcheck(f, list(leaves.values()), fast_mode=backend != "reference")
 
 
 @needs_kernels
 @pytest.mark.parametrize("through", [0, 1])
-def test_gradient_through_one_output_only(through):
-    kwargs = make_inputs(Case(states="initial", seqlen=2))
-    leaves = [kwargs[k].requires_grad_() for k in ("x", "initial_states")]
-    wide = in_fp64(kwargs)
-    wide_leaves = [wide[k].requires_grad_() for k in ("x", "initial_states")]
-    got = torch.autograd.grad(run(kwargs, "cpu")[through].sum(), leaves)
-    want = torch.autograd.grad(run(wide, "reference")[through].sum(), wide_leaves)
-    for g, w in zip(got, want):
-        assert_close(g, w, GRADIENT[F32])
+@pytest.mark.parametrize("states", ["initial", "packed_initial"])
+@pytest.mark.parametrize("layout", PLAIN_AND_ROWS)
+def test_gradient_through_one_output_only(layout, states, through):
+    kwargs = make_inputs(Case(states=states, layout=layout))
+    assert_gradients(kwargs, "cpu", [d if i == through else None for i, d in enumerate(random_douts(kwargs))])
 
 
 @needs_kernels
-def test_padding_gets_exactly_zero_gradient():
-    kwargs = make_inputs(Case(states="seq_idx"))
-    x = kwargs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(run(kwargs, "cpu")[0].sum(), x)
-    assert (dx.transpose(1, 2)[kwargs["seq_idx"] < 0] == 0).all()
-    kwargs = make_inputs(Case(states="packed"))
-    x = kwargs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(run(kwargs, "cpu")[0].sum(), x)
-    assert (dx[..., 18:] == 0).all()
+@pytest.mark.parametrize("layout", [*PLAIN_AND_ROWS, "strided"])
+@pytest.mark.parametrize("states", ["seq_idx", "packed"])
+def test_padding_gets_exactly_zero_gradient_and_its_nan_reaches_none(layout, states):
+    kwargs = make_inputs(Case(states=states, layout=layout, batch=1))
+    padding = kwargs["seq_idx"][0] < 0 if states == "seq_idx" else torch.arange(19) >= 18
+    assert padding.any()
+    douts = random_douts(kwargs)
+    clean = gradients(kwargs, leaves_of(kwargs), "cpu", douts)
+    kwargs["x"][..., padding] = float("nan")
+    douts[0][..., padding] = float("nan")
+    dx, *others = gradients(kwargs, leaves_of(kwargs), "cpu", douts)
+    assert (dx[..., padding] == 0).all()
+    assert all(torch.equal(a, b) for a, b in zip((dx, *others), clean))
 
 
 @needs_kernels
@@ -375,6 +471,28 @@ def test_double_backward_raises_by_name():
     (dx,) = torch.autograd.grad(causal_conv1d(x, torch.ones(3, 4), activation="silu").sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="causal_conv1d_bwd: double backward"):
         dx.sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("layout", PLAIN_AND_ROWS)
+@pytest.mark.parametrize("initial", [True, False])
+def test_packed_gradients_equal_separate_ones(layout, initial):
+    """Bit for bit where a sequence owns them; dweight and dbias, summed over all, to rounding."""
+    bounds = (0, 3, 3, 4, 140, 157)
+    kwargs = make_inputs(Case(states="packed_initial" if initial else "packed", layout=layout, seqlen=160, bounds=bounds))
+    douts = random_douts(kwargs)
+    packed = dict(zip(leaves_of(kwargs), gradients(kwargs, leaves_of(kwargs), "cpu", douts)))
+    sums = {"weight": 0, "bias": 0}
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        one = {k: v for k, v in kwargs.items() if k != "cu_seqlens"} | {"x": kwargs["x"][..., begin:end]}
+        if initial:
+            one["initial_states"] = kwargs["initial_states"][i : i + 1]
+        alone = dict(zip(leaves_of(one), gradients(one, leaves_of(one), "cpu", [douts[0][..., begin:end], douts[1][i : i + 1]])))
+        assert torch.equal(packed["x"][..., begin:end], alone["x"])
+        assert not initial or torch.equal(packed["initial_states"][i : i + 1], alone["initial_states"])
+        sums = {k: v + alone[k].double() for k, v in sums.items()}
+    for name, total in sums.items():
+        assert_close(packed[name], total, GRADIENT[F32], name)
 
 
 # --- promises --------------------------------------------------------------------------------------------------------
@@ -415,6 +533,11 @@ def test_batch_and_channels_are_independent_bit_for_bit(layout):
     rows = torch.tensor([2, 0, 3, 1])
     y2, final2 = run({**kwargs, "x": kwargs["x"][rows], "initial_states": kwargs["initial_states"][rows]}, "cpu")
     assert torch.equal(y2, y[rows]) and torch.equal(final2, final[rows])
+    douts = random_douts(kwargs)
+    whole = dict(zip(LEAVES, gradients(kwargs, leaves_of(kwargs), "cpu", douts)))
+    one = {**kwargs, "x": kwargs["x"][2:3], "initial_states": kwargs["initial_states"][2:3]}
+    alone = dict(zip(LEAVES, gradients(one, leaves_of(one), "cpu", [d[2:3] for d in douts])))
+    assert all(torch.equal(whole[k][2:3], alone[k]) for k in ("x", "initial_states"))
     channels = torch.randperm(50)
     picked = {k: kwargs[k][:, channels] for k in ("x", "initial_states")} | {k: kwargs[k][channels] for k in ("weight", "bias")}
     y3, final3 = run({**kwargs, **picked}, "cpu")
@@ -427,8 +550,13 @@ def test_batch_and_channels_are_independent_bit_for_bit(layout):
 @pytest.mark.parametrize("states", STATES)
 def test_threads_change_no_bit(threads, layout, states):
     kwargs = make_inputs(Case(dim=130, seqlen=400, layout=layout, states=states, bounds=(0, 100, 101, 390)))
-    one, two = threads(lambda: run(kwargs, "cpu"), 1, 2)
-    assert all(torch.equal(a, b) for a, b in zip(one, two))
+    douts = random_douts(kwargs)
+
+    def once():
+        return [*run(kwargs, "cpu"), *gradients(kwargs, leaves_of(kwargs), "cpu", douts)]
+
+    one, two, again = threads(once, 1, 2, 2)
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, again, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
@@ -455,6 +583,10 @@ def test_stride_beyond_32_bits(tmp_path, layout):
     got = causal_conv1d(x, weight, return_final_states=True, backend="cpu")
     want = causal_conv1d(x.contiguous(), weight, return_final_states=True, backend="cpu")
     assert all(torch.equal(a, b) for a, b in zip(got, want))
+    backward = torch.ops.cobra_kernels.causal_conv1d_bwd
+    (dx, dweight, *_), (want_dx, want_dweight, *_) = (backward(t, None, t, weight, None, None, None, True, None) for t in (x, x.contiguous()))
+    assert torch.equal(dx, want_dx)
+    assert_close(dweight, want_dweight, GRADIENT[F32])
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -513,10 +645,24 @@ def test_torch_op_called_directly_stays_inside_its_tensors():
     for bounds in ([-5, 40], [3, 1, 99], [10, 0], [0, 4, 2, 10]):
         y, final = op(ROW + 1, W, None, None, None, True, False, torch.tensor(bounds))
         assert y.isfinite().all() and final.isfinite().all()
+        initial = torch.ones(len(bounds) - 1, 8, 3)
+        grads = torch.ops.cobra_kernels.causal_conv1d_bwd(ROW + 1, initial, ROW + 1, W, W[:, 0], None, initial, True, torch.tensor(bounds))
+        assert all(g.isfinite().all() for g in grads)
+    bwd = torch.ops.cobra_kernels.causal_conv1d_bwd
+    with pytest.raises(RuntimeError, match="dy has size 9"):
+        bwd(X[..., :9], None, X, W, None, None, None, False, None)
+    with pytest.raises(RuntimeError, match="dy has another dtype"):
+        bwd(X.bfloat16(), None, X, W, None, None, None, False, None)
+    with pytest.raises(RuntimeError, match="dfinal_states has size 2"):
+        bwd(X, X[..., :2], X, W, None, None, None, False, None)
+    with pytest.raises(RuntimeError, match="seq_idx excludes states"):
+        bwd(X, X[..., :3], X, W, None, IDX, None, False, None)
 
 
 def test_supports_says_what_the_op_does():
     assert cobra_kernels.supports("causal_conv1d", X, W, backend="reference") == (True, "reference; gradients: autograd of the reference")
+    if kernel_backends():
+        assert cobra_kernels.supports("causal_conv1d", X, W, backend="cpu") == (True, "cpu; gradients: kernel")
     ok, reason = cobra_kernels.supports("causal_conv1d", X, W, activation="relu")
     assert not ok and "'relu'" in reason
     ok, reason = cobra_kernels.supports("causal_conv1d", X, W, backend="cuda")
@@ -536,6 +682,9 @@ def test_opcheck(case):
     arguments = [kwargs.get(k) for k in ("x", "weight", "bias", "seq_idx", "initial_states")]
     rest = (kwargs.get("return_final_states", False), case.activation is not None, kwargs.get("cu_seqlens"))
     torch.library.opcheck(torch.ops.cobra_kernels.causal_conv1d_fwd.default, (*arguments, *rest))
+    outs = run(kwargs, "reference")
+    dfinal = torch.randn_like(outs[1]) if len(outs) > 1 else None
+    torch.library.opcheck(torch.ops.cobra_kernels.causal_conv1d_bwd.default, (torch.randn_like(outs[0]), dfinal, *arguments, *rest[1:]))
     grads = [a.requires_grad_() if a is not None and a.is_floating_point() else a for a in arguments]
     torch.library.opcheck(torch.ops.cobra_kernels.causal_conv1d.default, (*grads, *rest, "cpu"))
 
@@ -553,7 +702,10 @@ def test_compile_fullgraph():
     assert_close(out, f(*leaves), 1e-6)
     if kernel_backends():
         assert cobra_kernels.call_counts()["causal_conv1d", "cpu"] >= 1  # the compiled graph calls the kernel
-    for got, want in zip(torch.autograd.grad(out, leaves), torch.autograd.grad(f(*leaves), leaves)):
+    compiled = torch.autograd.grad(out, leaves)
+    if kernel_backends():
+        assert cobra_kernels.call_counts()["causal_conv1d_bwd", "cpu"] == 1
+    for got, want in zip(compiled, torch.autograd.grad(f(*leaves), leaves)):
         assert_close(got, want, 1e-6)
 
 

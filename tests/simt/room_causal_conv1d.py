@@ -32,7 +32,7 @@ class Case(NamedTuple):
     packed: tuple[int, ...] | None = None  # cu_seqlens; batch is 1
     seq_idx: bool = False
     index: str = "i4"
-    y_layout: str = ""  # empty: as x
+    y_layout: str = ""  # of y, dy and dx; empty: as x
     weight_layout: str = ""
     one_weight: bool = False  # a channel's taps are one element, its stride along width is 0
     max_grid_x: int = 0  # 0: as the GPU
@@ -51,7 +51,7 @@ CASES = [
     *(Case(dim=dim, seqlen=6, layout="transposed", dtype=d) for dim in (511, 512, 513, 529) for d in ("fp32", "bf16")),
     Case(batch=1, dim=8193, seqlen=5, layout="transposed", final=True),
     *(Case(seqlen=n, layout=x, initial=i, final=True) for n in (0, 1, 2, 3, 4, 7, 8, 15, 16, 17, 33) for x in BOTH for i in (False, True)),
-    *(Case(dim=2, seqlen=n, dtype=d) for n in (511, 512, 513, 529, 1023, 1024, 1025, 1041) for d in ("fp32", "bf16")),
+    *(Case(dim=2, seqlen=n, dtype=d, weight_dtype="fp32") for n in (511, 512, 513, 529, 1023, 1024, 1025, 1041) for d in ("fp32", "bf16")),
     *(Case(width=w, layout=x, initial=i, final=True) for w in (1, 2, 3, 5, 6, 7, 8, 9, 18) for x in BOTH for i in (False, True)),
     *(Case(dtype=d, weight_dtype=w, state_dtype="fp32", layout=x, initial=True, final=True)
       for d in ("bf16", "fp16") for w in ("", "fp32") for x in BOTH),
@@ -125,8 +125,26 @@ def expected_conv(x, weight, bias, silu, initial):
     return y / (1 + np.exp(-y)) if silu else y, whole[:, x.shape[1] :]
 
 
+def expected_gradients(dy, dfinal, x, weight, bias, silu, initial):
+    """(dx, dweight, dbias, dinitial) of one sequence in fp64; dfinal reaches the last width - 1 inputs, `initial` included."""
+    width, seqlen = weight.shape[1], x.shape[1]
+    whole = np.concatenate([initial, x], axis=1)
+    taps = [whole[:, w : w + seqlen] for w in range(width)]
+    g = dy
+    if silu:
+        p = sum(weight[:, w, None] * taps[w] for w in range(width)) + bias[:, None]
+        s = 1 / (1 + np.exp(-p))
+        g = dy * s * (1 + p * (1 - s))
+    dwhole = np.zeros_like(whole)
+    for w in range(width):
+        dwhole[:, w : w + seqlen] += weight[:, w, None] * g
+    dwhole[:, seqlen:] += dfinal
+    dweight = np.stack([(g * tap).sum(1) for tap in taps], axis=1)
+    return dwhole[:, width - 1 :], dweight, g.sum(1), dwhole[:, : width - 1]
+
+
 def check(host, case: Case, device: str) -> None:
-    """One convolution against fp64, inputs unchanged, guards whole, outputs written."""
+    """One convolution and its gradients against fp64, inputs unchanged, guards whole, outputs written."""
     if device == "cuda" and case.dtype == "fp64":
         return  # served by cpu and reference only
     rng = np.random.default_rng(0)
@@ -152,45 +170,87 @@ def check(host, case: Case, device: str) -> None:
     host.causal_conv1d(device, array["x"], array["weight"], array["bias"], seq_idx, array["initial"], case.silu, cu_seqlens, y.array,
                        None if final is None else final.array)  # fmt: skip
 
+    # The gradients: with a gradient through the final states wherever there are some.
+    grads = {"dy": laid_out(shape, case.dtype, case.y_layout or case.layout, rng.standard_normal(shape)),
+             "dfinal": make(states, "") if case.final else None}  # fmt: skip
+    dx = laid_out(shape, case.dtype, "contiguous" if case.layout == "expanded" else case.layout)
+    dweight = Tensor((case.dim, case.width), case.weight_dtype or case.dtype)
+    dbias = Tensor((case.dim,), case.weight_dtype or case.dtype) if case.bias else None
+    dinitial = Tensor(states, case.state_dtype or case.dtype) if case.initial else None
+    partial: list[Tensor] = []
+
+    def make_partial(rows):
+        partial.append(Tensor((rows, case.width + 1, case.dim), "fp64" if case.dtype == "fp64" else "fp32"))
+        return partial[0].array
+
+    host.causal_conv1d_bwd(
+        device, grads["dy"].array, grads["dfinal"] and grads["dfinal"].array, array["x"], array["weight"], array["bias"], seq_idx, array["initial"],
+        case.silu, cu_seqlens, dx.array, dweight.array, dbias and dbias.array, dinitial and dinitial.array, make_partial)  # fmt: skip
+    partial[0].check_guards("partial")
+    for name, tensor in (inputs | grads).items():
+        if tensor:
+            tensor.check_unchanged(name)
+
     if case.packed and (list(case.packed) != sorted(case.packed) or not 0 <= case.packed[0] <= case.packed[-1] <= case.seqlen):
-        y.check_guards("y")  # bad boundaries are clamped: wrong numbers, every one of them written, no access outside a tensor
-        final.check_guards("final_states")
-        assert np.isfinite(y.values()).all() and np.isfinite(final.values()).all()
+        # Bad boundaries are clamped: wrong numbers, every one of them written, no access outside a tensor.
+        for name, tensor in {"y": y, "final_states": final, "dx": dx, "dweight": dweight, "dbias": dbias, "dinitial": dinitial}.items():
+            tensor.check_guards(name)
+            assert np.isfinite(tensor.values()).all(), name
         return
     x, weight = inputs["x"].values(), inputs["weight"].values()
     bias = inputs["bias"].values() if case.bias else np.zeros(case.dim)
     initial = inputs["initial"].values() if case.initial else np.zeros(states)
+    dy, dfinal = grads["dy"].values(), grads["dfinal"].values() if case.final else np.zeros(states)
     expected, expected_final = np.zeros(shape), np.zeros(states)
+    expected_dx, expected_dweight, expected_dbias, expected_dinitial = np.zeros(shape), np.zeros_like(weight), np.zeros(case.dim), np.zeros(states)
     if seq_idx is not None:
         for b in range(case.batch):
             for s in range(3):
                 same = seq_idx[b] == s
                 expected[b][:, same] = expected_conv(x[b] * same, weight, bias, case.silu, initial[b])[0][:, same]
+                part = expected_gradients(dy[b] * same, dfinal[b], x[b] * same, weight, bias, case.silu, initial[b])
+                expected_dx[b][:, same] = part[0][:, same]
+                expected_dweight += part[1]
+                expected_dbias += part[2]
     else:
         bounds = [0, case.seqlen] if case.packed is None else case.packed
         pieces = [(b, b, *bounds) for b in range(case.batch)] if case.packed is None else [(0, i, *bounds[i : i + 2]) for i in range(len(bounds) - 1)]
         for b, state, begin, end in pieces:
             expected[b, :, begin:end], expected_final[state] = expected_conv(x[b, :, begin:end], weight, bias, case.silu, initial[state])
+            part = expected_gradients(dy[b, :, begin:end], dfinal[state], x[b, :, begin:end], weight, bias, case.silu, initial[state])
+            expected_dx[b, :, begin:end], expected_dinitial[state] = part[0], part[3]
+            expected_dweight += part[1]
+            expected_dbias += part[2]
     check_close(y, expected, harness.OUTPUT[case.dtype], "y")
     if final:
         check_close(final, expected_final, harness.OUTPUT[case.dtype], "final_states")
-    for name, tensor in inputs.items():
-        if tensor:
-            tensor.check_unchanged(name)
+    check_close(dx, expected_dx, harness.GRADIENT[case.dtype], "dx")
+    check_close(dweight, expected_dweight, harness.GRADIENT[case.weight_dtype or case.dtype], "dweight")
+    if dbias:
+        check_close(dbias, expected_dbias, harness.GRADIENT[case.weight_dtype or case.dtype], "dbias")
+    if dinitial:
+        check_close(dinitial, expected_dinitial, harness.GRADIENT[case.state_dtype or case.dtype], "dinitial_states")
 
 
 def check_large_strides(host, device: str) -> None:
     """Batch rows, channels, then time steps further apart than 32 bits count elements."""
     n, step = 40, 2**31 + 64
     rng = np.random.default_rng(0)
-    x, y = (harness.sparse_rows(2, n, step) for _ in range(2))
-    x[...] = rng.standard_normal(x.shape)
+    x, y, dy, dx = (harness.sparse_rows(2, n, step) for _ in range(4))
+    x[...], dy[...] = rng.standard_normal(x.shape), rng.standard_normal(x.shape)
     views = {"batch rows": lambda t: t[:, None], "channels": lambda t: t[None], "time steps": lambda t: t.T[None]}
     for what, view in views.items():
-        at = view(x)
+        at, at_dy = view(x), view(dy)
         weight, initial = rng.standard_normal((at.shape[1], 3)).astype(np.float32), np.zeros((at.shape[1], 2))
-        y[...] = np.nan
+        dweight = np.empty_like(weight)
+        y[...], dx[...] = np.nan, np.nan
         host.causal_conv1d(device, at, weight, None, None, None, True, None, view(y), None)
-        expected = np.stack([expected_conv(row, weight, np.zeros(len(row)), True, initial)[0] for row in at.astype(np.float64)])
-        error = np.linalg.norm(view(y) - expected) / np.linalg.norm(expected)
-        assert error <= harness.OUTPUT["fp16"] * 1.5, f"relative error {error:.2e} with {what} 2^31 + 64 elements apart"
+        host.causal_conv1d_bwd(device, at_dy, None, at, weight, None, None, None, True, None, view(dx), dweight, None, None,
+                               lambda rows, dim=at.shape[1]: np.empty((rows, 4, dim), np.float32))  # fmt: skip
+        zeros = np.zeros(at.shape[1])
+        expected = np.stack([expected_conv(row, weight, zeros, True, initial)[0] for row in at.astype(np.float64)])
+        parts = [expected_gradients(g, 0, row, weight, zeros, True, initial) for g, row in zip(at_dy.astype(np.float64), at.astype(np.float64))]
+        for name, got, want in (("y", view(y), expected), ("dx", view(dx), np.stack([part[0] for part in parts])),
+                                ("dweight", dweight, sum(part[1] for part in parts))):  # fmt: skip
+            error = np.linalg.norm(got - want) / np.linalg.norm(want)
+            assert error <= harness.OUTPUT["fp16"] * 1.5, f"{name}: relative error {error:.2e} with {what} 2^31 + 64 elements apart"

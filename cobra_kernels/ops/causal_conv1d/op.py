@@ -167,9 +167,9 @@ def _check_boundaries(bounds: list[int], seqlen: int) -> None:
 
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(cpu_reason, gradients="the reference's formula in torch (no fused kernel)"),
-    "triton": Backend(triton_reason, gradients="the reference's formula in torch (no fused kernel)"),
-    "cuda": Backend(cuda_reason, gradients="the reference's formula in torch (no fused kernel)"),
+    "cpu": Backend(cpu_reason, gradients="kernel"),
+    "triton": Backend(triton_reason, gradients="kernel"),
+    "cuda": Backend(cuda_reason, gradients="kernel"),
 }
 
 
@@ -208,19 +208,22 @@ def _fwd_triton(*arguments):
     return triton_kernel.causal_conv1d_fwd(*arguments)
 
 
-def _bwd(*arguments):
-    count("causal_conv1d_bwd", "reference")
-    return reference.causal_conv1d_bwd(*arguments)
+def _bwd_triton(*arguments):
+    from . import triton_kernel
+
+    count("causal_conv1d_bwd", "triton")
+    return triton_kernel.causal_conv1d_bwd(*arguments)
 
 
 for _suffix in ("", "_triton"):
     define(f"causal_conv1d_fwd{_suffix}({_ARGUMENTS}) -> (Tensor, Tensor)", _fwd_fake)
+    define(f"causal_conv1d_bwd{_suffix}({_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _bwd_fake)
+    first_order_only(f"causal_conv1d_bwd{_suffix}")
 implement("causal_conv1d_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
-define(f"causal_conv1d_bwd({_GRADIENTS}) -> (Tensor, Tensor, Tensor, Tensor)", _bwd_fake)
-implement("causal_conv1d_bwd", _bwd, "CompositeExplicitAutograd")
-first_order_only("causal_conv1d_bwd")
+implement("causal_conv1d_bwd_triton", _bwd_triton, "CompositeExplicitAutograd")
 
 _FORWARD = {name: OPS.causal_conv1d_fwd.default for name in ("cpu", "cuda")} | {"triton": OPS.causal_conv1d_fwd_triton.default}
+_BACKWARD = {name: OPS.causal_conv1d_bwd.default for name in ("cpu", "cuda")} | {"triton": OPS.causal_conv1d_bwd_triton.default}
 
 
 def _differentiable(x, weight, bias, seq_idx, initial_states, return_final_states, silu, cu_seqlens, backend):
@@ -228,7 +231,7 @@ def _differentiable(x, weight, bias, seq_idx, initial_states, return_final_state
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, seq_idx, initial_states, ctx.return_final_states, ctx.silu, cu_seqlens, _ = inputs
+    x, weight, bias, seq_idx, initial_states, ctx.return_final_states, ctx.silu, cu_seqlens, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, seq_idx, initial_states, cu_seqlens)
 
@@ -239,9 +242,9 @@ def _backward(ctx, dy, dfinal_states):
         dy = x.new_zeros(()).expand(x.shape)
     if not ctx.return_final_states:
         dfinal_states = None
-    dx, dweight, dbias, dinitial_states = OPS.causal_conv1d_bwd.default(
+    dx, dweight, dbias, dinitial_states = _BACKWARD[ctx.backend](
         dy, dfinal_states, x, weight, bias, seq_idx, initial_states, ctx.silu, cu_seqlens
-    )
+    )  # fmt: skip
     dbias = None if bias is None else dbias
     dinitial_states = None if initial_states is None else dinitial_states
     return dx, dweight, dbias, None, dinitial_states, None, None, None, None

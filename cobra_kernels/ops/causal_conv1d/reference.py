@@ -1,4 +1,4 @@
-"""causal_conv1d in plain torch, fp32 (fp64 for fp64 input): the definition, and its gradients in the same words."""
+"""causal_conv1d in plain torch, fp32 (fp64 for fp64 input): the definition. Its gradients are autograd's."""
 
 from __future__ import annotations
 
@@ -69,47 +69,3 @@ def _packed(x, weight, bias, initial_states, silu, bounds):
         finals.append(final)
     ys.append(x.new_zeros((*x.shape[:2], x.shape[2] - bounds[-1])))  # padding after the last sequence
     return torch.cat(ys, 2), torch.cat(finals)
-
-
-def causal_conv1d_bwd(dy, dfinal_states, x, weight, bias, seq_idx, initial_states, silu, cu_seqlens):
-    """(dx, dweight, dbias, dinitial_states): the formula of README.md, summed in the compute dtype, rounded once."""
-    compute = _compute(x)
-    if cu_seqlens is None:
-        pieces = [(0, x.shape[2], slice(None))]
-    else:
-        bounds = cu_seqlens.tolist()
-        pieces = [(begin, end, slice(i, i + 1)) for i, (begin, end) in enumerate(zip(bounds, bounds[1:]))]
-    states = x.shape[0] if cu_seqlens is None else len(pieces)
-    width = weight.shape[1]
-    dx = torch.zeros_like(x, dtype=compute)
-    dweight = torch.zeros_like(weight, dtype=compute, memory_format=torch.contiguous_format)
-    dbias = x.new_zeros(x.shape[1], dtype=compute)
-    dpast = x.new_zeros((states, x.shape[1], width - 1), dtype=compute)
-    for begin, end, rows in pieces:
-        initial = None if initial_states is None else initial_states[rows]
-        x_piece = x[:, :, begin:end].to(compute)
-        taps = _taps(x_piece, _past(x_piece, initial, width), seq_idx, width)
-        g = dy[:, :, begin:end].to(compute)  # gradient of the preactivation
-        if silu:
-            y = _preactivation(taps, weight.to(compute), None if bias is None else bias.to(compute))
-            g = g * (torch.sigmoid(y) * (1 + y * (1 - torch.sigmoid(y))))
-        if seq_idx is not None:
-            g = torch.where(seq_idx[:, None] < 0, 0, g)
-        dfull = g.new_zeros((*g.shape[:2], width - 1 + end - begin))  # of cat([past, x])
-        for w, tap in enumerate(taps):
-            dweight[:, w] += (g * tap).sum((0, 2))
-            dtap = g * weight[:, w, None].to(compute)
-            if seq_idx is not None:
-                dtap = torch.where(_same(seq_idx, width)[w], dtap, 0)
-            dfull[:, :, w : w + end - begin] += dtap
-        if dfinal_states is not None:
-            dfull[:, :, end - begin :] += dfinal_states[rows].to(compute)
-        dbias += g.sum((0, 2))
-        dx[:, :, begin:end] = dfull[:, :, width - 1 :]
-        dpast[rows] = dfull[:, :, : width - 1]
-    return (
-        torch.empty_like(x).copy_(dx),
-        dweight.to(weight.dtype),
-        x.new_empty(0) if bias is None else dbias.to(bias.dtype),
-        x.new_empty(0) if initial_states is None else dpast.to(initial_states.dtype),
-    )
