@@ -11,9 +11,7 @@ namespace cobra {  // selective_scan_cuda.cuh
 bool mma_serves(const SelectiveScanFwdParams& p);
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
 int64_t mma_line_workers(const SelectiveScanFwdParams& p);
-// Weak while one of them has no kernels.
-__attribute__((weak)) void selective_scan_bwd_cpu(const SelectiveScanBwdParams&, const Parallel&);
-__attribute__((weak)) int64_t selective_scan_bwd_workspace_cpu(const SelectiveScanBwdParams&);
+// Weak while there are no kernels.
 __attribute__((weak)) int selective_scan_bwd_cuda(const SelectiveScanBwdParams&, void* stream);
 __attribute__((weak)) int64_t selective_scan_bwd_workspace_cuda(const SelectiveScanBwdParams&);
 }  // namespace cobra

@@ -144,7 +144,7 @@ struct Backward {
   Backward(const char* op, int64_t (*workspace_size)(const SelectiveScanBwdParams&), int32_t multiprocessors, const OptionalTensor& dout, const OptionalTensor& dlast_state,
            const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
            const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const Tensor& states)
-      : none_(torch::stable::new_empty(u, {0})) {
+      : u_(u) {
     const Inputs inputs(op, p, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
     p.multiprocessors = multiprocessors;
     if (dout) {
@@ -187,11 +187,11 @@ struct Backward {
     stride = sequence_stride(gradient);
     return data;
   }
-  void* absent(Tensor& gradient) {
-    gradient = none_;
+  void* absent(Tensor& gradient) {  // empty, of its own: outputs of an op must not alias
+    gradient = torch::stable::new_empty(u_, {0});
     return nullptr;
   }
-  Tensor none_;
+  const Tensor& u_;
 };
 
 using ForwardResult = std::tuple<Tensor, Tensor>;
@@ -216,9 +216,20 @@ StatesResult fwd_states_cpu(const Tensor& u, const Tensor& delta, const Tensor& 
   return {call.out, call.last_state, call.states};
 }
 
+BackwardResult bwd_cpu(const OptionalTensor& dout, const OptionalTensor& dlast_state, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                       const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
+                       const OptionalTensor& cu_seqlens, const Tensor& states) {
+  Backward call("selective_scan_bwd", &selective_scan_bwd_workspace_cpu, 0, dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens,
+                states);
+  selective_scan_bwd_cpu(call.p, kTorchParallel);
+  bwd_cpu_calls.add();
+  return {call.du, call.ddelta, call.dA, call.dB, call.dC, call.dD, call.dz, call.ddelta_bias, call.dinitial_state};
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) {
   m.impl("selective_scan_fwd", TORCH_BOX(&fwd_cpu));
   m.impl("selective_scan_fwd_states", TORCH_BOX(&fwd_states_cpu));
+  m.impl("selective_scan_bwd", TORCH_BOX(&bwd_cpu));
 }
 
 #if defined(COBRA_WITH_CUDA)

@@ -178,7 +178,7 @@ def _real(reason):
 
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
-    "cpu": Backend(_real(cpu_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "cpu": Backend(_real(cpu_reason), gradients="kernel"),
     "triton": Backend(_real(triton_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
     "cuda": Backend(_real(cuda_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
 }
