@@ -26,22 +26,31 @@ GRID_TOKENS = GRID[0] * GRID[1]
 GPU_SHAPES = {f"cobra-3b-{images}": replace(PROJECTOR["cobra-3b"], tokens=images * GRID_TOKENS) for images in (1, 8)}
 
 
-def mlp_cost(shape: ProjectorShape, dtype: torch.dtype) -> Cost:
-    v = sum(shape.vision_dims)
-    weights = v * shape.hidden + shape.hidden * shape.d_model + shape.d_model**2
-    return Cost(bytes=(weights + shape.tokens * (v + shape.d_model)) * dtype.itemsize, flops=2 * shape.tokens * weights)
+def layers_cost(layers: Sequence[tuple[int, int]], values: int, dtype: torch.dtype, grad: bool) -> Cost:
+    """(rows, size of the weight) of each layer, features and results. With gradients, the least: those of the weights, and of every
+    layer's input but the features'; each weight read twice and its gradient written, nothing recomputed."""
+    weights, products = sum(w for _, w in layers), sum(rows * w for rows, w in layers)
+    rows, first = layers[0]
+    if grad:
+        weights, products, values = 3 * weights, 3 * products - rows * first, 2 * values
+    return Cost(bytes=(weights + values) * dtype.itemsize, flops=2 * products)
 
 
-def ldp_cost(shape: ProjectorShape, dtype: torch.dtype) -> Cost:
+def mlp_cost(shape: ProjectorShape, dtype: torch.dtype, grad: bool = False) -> Cost:
+    v, m = sum(shape.vision_dims), shape.tokens
+    sizes = (v * shape.hidden, shape.hidden * shape.d_model, shape.d_model**2)
+    return layers_cost([(m, size) for size in sizes], m * (v + shape.d_model), dtype, grad)
+
+
+def ldp_cost(shape: ProjectorShape, dtype: torch.dtype, grad: bool = False) -> Cost:
     """The least: the second product after the pool."""
-    v = sum(shape.vision_dims)
-    first, second = v * shape.hidden, shape.hidden * shape.d_model
-    pooled = shape.tokens // GRID_TOKENS * OUT_TOKENS
-    moved = first + second + shape.tokens * v + pooled * shape.d_model
-    return Cost(bytes=moved * dtype.itemsize, flops=2 * (shape.tokens * first + pooled * second))
+    v, m = sum(shape.vision_dims), shape.tokens
+    pooled = m // GRID_TOKENS * OUT_TOKENS
+    return layers_cost([(m, v * shape.hidden), (pooled, shape.hidden * shape.d_model)], m * v + pooled * shape.d_model, dtype, grad)
 
 
-def make_inputs(shape: ProjectorShape, layers: int, peg: bool, dtype: torch.dtype, device: str, index: int) -> tuple:
+def make_inputs(shape: ProjectorShape, layers: int, peg: bool, dtype: torch.dtype, device: str, grad: bool, index: int) -> tuple:
+    """With gradients: of every parameter, not of the features, whose towers are frozen in Cobra's training; and what arrives, last."""
     g = torch.Generator(device).manual_seed(index)
 
     def randn(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -53,7 +62,22 @@ def make_inputs(shape: ProjectorShape, layers: int, peg: bool, dtype: torch.dtyp
     weights = [randn(out, into, scale=into**-0.5) for into, out in zip(widths, widths[1:])]
     biases = [randn(out) for out in widths[1:]]
     encoding = (randn(shape.d_model, 1, 3, 3, scale=0.3), randn(shape.d_model)) if peg else ()
-    return features, weights, biases, *encoding
+    if not grad:
+        return features, weights, biases, *encoding
+    for t in (*weights, *biases, *encoding):
+        t.requires_grad_()
+    return features, weights, biases, *encoding, randn(images, OUT_TOKENS if peg else GRID_TOKENS, shape.d_model)
+
+
+def training(call: Callable) -> Callable:
+    """call(*inputs) and the gradients of its parameters, in one list; the last input is the gradient that arrives."""
+
+    def run(features, weights, biases, *rest, **options):
+        *encoding, dy = rest
+        out = call(features, weights, biases, *encoding, **options)
+        return [out, *torch.autograd.grad(out, [*weights, *biases, *encoding], dy)]
+
+    return run
 
 
 def mlp(features, weights, biases, backend=None):
@@ -98,32 +122,36 @@ def by_product(call: Callable, product: str) -> Callable:
     return run
 
 
-def providers(op: str, call: Callable, peer: Callable, device: str = "cpu") -> list[Provider]:
+def providers(op: str, call: Callable, peer: Callable, device: str, grad: bool) -> list[Provider]:
+    compiled = torch.compile(peer, dynamic=False)
+    if grad:
+        call, peer, compiled = training(call), training(peer), training(compiled)
     products = ("warps", "kernel", "library") if device != "cpu" and cobra_kernels.backends()["cuda"] is None else ()
     return [
         *backend_providers(op, call, ("cpu", "reference"), device),
         *(Provider(f"cuda, {product}", by_product(call, product)) for product in products),
         Provider("torch", peer),
-        *([Provider("cublasLt epilogues", cublaslt_mlp)] if device != "cpu" and op == "mlp_projector" else []),
-        Provider("torch.compile", torch.compile(peer, dynamic=False), slow_start=True),
+        *([Provider("cublasLt epilogues", cublaslt_mlp)] if device != "cpu" and op == "mlp_projector" and not grad else []),
+        Provider("torch.compile", compiled, slow_start=True),
     ]
 
 
 def cases_of(op: str, layers: int, cost: Callable, call: Callable, peer: Callable) -> Callable[[argparse.Namespace], Iterator[Case]]:
     def cases(args: argparse.Namespace) -> Iterator[Case]:
         gpu = args.device != "cpu"
-        for name, shape in (GPU_SHAPES if gpu else PROJECTOR).items():
-            for dtype_name in ("bf16",) if gpu else ("fp32", "bf16"):
-                dtype = DTYPES[dtype_name]
+        for mode in ("fwd", "fwd+bwd"):
+            for name, shape in (GPU_SHAPES if gpu else PROJECTOR).items():
+                for dtype_name in ("bf16",) if gpu else ("fp32", "bf16"):
+                    dtype, grad = DTYPES[dtype_name], mode != "fwd"
 
-                def inputs(index: int, shape=shape, dtype=dtype) -> tuple:
-                    return make_inputs(shape, layers, op == "ldp_projector", dtype, args.device, index)
+                    def inputs(index: int, shape=shape, dtype=dtype, grad=grad) -> tuple:
+                        return make_inputs(shape, layers, op == "ldp_projector", dtype, args.device, grad, index)
 
-                dims = {"tokens": shape.tokens, "v": sum(shape.vision_dims), "hidden": shape.hidden, "out": shape.d_model}
-                yield Case(
-                    "fwd", dtype_name, name, dims, cost(shape, dtype), "matmul", inputs,
-                    providers(op, call, peer, args.device), quick=name == "cobra-3b-1" or name == "laptop" and dtype_name == "fp32",
-                )  # fmt: skip
+                    dims = {"tokens": shape.tokens, "v": sum(shape.vision_dims), "hidden": shape.hidden, "out": shape.d_model}
+                    yield Case(
+                        mode, dtype_name, name, dims, cost(shape, dtype, grad), "matmul", inputs,
+                        providers(op, call, peer, args.device, grad), quick=name == "cobra-3b-1" or name == "laptop" and dtype_name == "fp32",
+                    )  # fmt: skip
 
     return cases
 
