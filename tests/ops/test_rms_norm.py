@@ -210,6 +210,21 @@ def test_gradient_through_one_output_only(through):
     assert_close(dx, torch.autograd.grad((y if through == "y" else s).sum(), wide)[0], GRADIENT[F32])
 
 
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual"])
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+def test_gradient_of_one_tensor_alone(backend, name):
+    """The call is recorded whichever tensor wants a gradient."""
+    case, tensors = Case(bias=True), make_inputs(Case(bias=True))
+    tensors[name].requires_grad_()
+    wide = in_fp64(tensors)
+    wide[name].requires_grad_()
+    gradients = [
+        torch.autograd.grad(sum((out.double() ** 2).sum() for out in run(case, t, b)), t[name])[0]
+        for t, b in ((tensors, backend), (wide, "reference"))
+    ]
+    assert_close(*gradients, GRADIENT[F32])
+
+
 @pytest.mark.parametrize("is_rms_norm", [True, False])
 @pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
