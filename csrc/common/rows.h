@@ -34,4 +34,25 @@ COBRA_HOST_DEVICE int64_t row_offset(const RowShape& shape, const RowStride& str
   return offset + row * stride.row[0];
 }
 
+// The same for several tensors at once: one division per leading dim beyond the first, whatever their number.
+template <int kTensors>
+struct RowOffsets {
+  int64_t of[kTensors];
+};
+template <class... Strides>
+COBRA_HOST_DEVICE RowOffsets<sizeof...(Strides)> row_offsets(const RowShape& shape, int64_t row, const Strides&... strides) {
+  const RowStride* const stride[] = {&strides...};
+  RowOffsets<sizeof...(Strides)> offsets{};
+#if defined(__CUDACC__)
+#pragma unroll 1
+#endif
+  for (int i = shape.ndim - 1; i > 0; --i) {
+    const int64_t outer = row / shape.size[i], index = row - outer * shape.size[i];
+    for (int k = 0; k < int(sizeof...(Strides)); ++k) offsets.of[k] += index * stride[k]->row[i];
+    row = outer;
+  }
+  for (int k = 0; k < int(sizeof...(Strides)); ++k) offsets.of[k] += row * stride[k]->row[0];
+  return offsets;
+}
+
 }  // namespace cobra

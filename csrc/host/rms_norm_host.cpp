@@ -46,6 +46,10 @@ void fwd(const std::string& device, const py::array& x, const py::array& weight,
   run(device, p, &rms_norm_fwd_cpu, &rms_norm_fwd_cuda);
 }
 
+int64_t row_blocks(const std::string& device, int64_t rows, int64_t dim) {
+  return device == "cuda" ? rms_norm_bwd_row_blocks_cuda(rows, dim) : rms_norm_bwd_row_blocks(rows);
+}
+
 // partial: (2 | 1, row_blocks, dim) in the compute dtype; 2 with dbias.
 void bwd(const std::string& device, const py::array& dy, const OptionalArray& ds, const py::array& x, const OptionalArray& residual,
          const py::array& weight, const py::array& dx, const OptionalArray& dresidual, const py::array& dweight,
@@ -70,7 +74,7 @@ void bwd(const std::string& device, const py::array& dy, const OptionalArray& ds
     p.dbias = pointer(*dbias);
     p.bias_dtype = dtype_of(*dbias, "dbias");
   }
-  p.row_blocks = rms_norm_bwd_row_blocks(p.rows);
+  p.row_blocks = row_blocks(device, p.rows, p.dim);
   if (partial.size() != (dbias ? 2 : 1) * p.row_blocks * p.dim) throw std::invalid_argument("partial has another size");
   p.partial = pointer(partial);
   run(device, p, &rms_norm_bwd_cpu, &rms_norm_bwd_cuda);
@@ -82,7 +86,7 @@ const Room room([](py::module_& m) {
   m.def("rms_norm_bwd", &bwd, py::arg("device"), py::arg("dy"), py::arg("ds"), py::arg("x"), py::arg("residual"), py::arg("weight"),
         py::arg("dx"), py::arg("dresidual"), py::arg("dweight"), py::arg("dbias"), py::arg("partial"), py::arg("eps"),
         py::arg("is_rms_norm"));
-  m.def("rms_norm_bwd_row_blocks", &rms_norm_bwd_row_blocks, py::arg("rows"));
+  m.def("rms_norm_bwd_row_blocks", &row_blocks, py::arg("device"), py::arg("rows"), py::arg("dim"));
 });
 
 }  // namespace

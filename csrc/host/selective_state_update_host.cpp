@@ -46,11 +46,7 @@ void update(const std::string& device, const py::array& state, const py::array& 
   };
   set_projected(B, "B", p.B, p.B_dtype, p.B_stride);
   set_projected(C, "C", p.C, p.C_dtype, p.C_stride);
-  if (indices) {
-    p.indices = pointer(*indices);
-    p.indices_dtype = dtype_of(*indices, "indices");
-    p.indices_stride = stride_of(*indices, 0, "indices");
-  }
+  set_index(indices, "indices", p.indices, p.indices_dtype, p.indices_stride);
   p.out = pointer(out);
   p.out_stride = strides(out, "out", heads, true, false);
   run(device, p, &selective_state_update_cpu, &selective_state_update_cuda);

@@ -45,13 +45,20 @@ struct RmsNormBwdParams {
   void* dweight;         // (dim,) contiguous, weight dtype
   void* dbias;           // (dim,) contiguous, bias dtype, or null
   void* partial;         // (2, row_blocks, dim) workspace in the compute dtype: dweight, then dbias (half when dbias is null)
-  int64_t row_blocks;    // rms_norm_bwd_row_blocks(rows): a function of the problem, so the sum has one order on every run
+  int64_t row_blocks;    // of the functions below: they depend on the problem alone, so the sum has one order on every run
 };
 
-// Rows are summed in blocks, one for every 16 rows and 128 at most, then over the blocks in order.
+// The row blocks of a backward: rows are summed in their block, then the blocks in order. CPU: one for every 16 rows, 128 at most.
 inline int64_t rms_norm_bwd_row_blocks(int64_t rows) {
   const int64_t blocks = (rows + 15) / 16;
   return blocks < 1 ? 1 : blocks > 128 ? 128 : blocks;
+}
+// GPU: every multiprocessor needs several, a thread block each: one for every 2 turns until there are 512, then one for every 16
+// until there are 2048. A turn is one row, or four short ones, which a thread block takes together.
+inline int64_t rms_norm_bwd_row_blocks_cuda(int64_t rows, int64_t dim) {
+  const int64_t turns = dim <= 512 ? (rows + 3) / 4 : rows, many = (turns + 15) / 16, few = (turns + 1) / 2;
+  const int64_t blocks = many > 512 ? many : few > 512 ? 512 : few;
+  return blocks < 1 ? 1 : blocks > 2048 ? 2048 : blocks;
 }
 
 void rms_norm_fwd_cpu(const RmsNormFwdParams&, const Parallel&);

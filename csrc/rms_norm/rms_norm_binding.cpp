@@ -94,7 +94,7 @@ struct Backward {
     }
     p.shape = rows.merge();
     p.rows = row_count(p.shape);
-    p.row_blocks = rms_norm_bwd_row_blocks(p.rows);
+    p.row_blocks = x.is_cpu() ? rms_norm_bwd_row_blocks(p.rows) : rms_norm_bwd_row_blocks_cuda(p.rows, p.dim);
     const ScalarType compute = x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
     partial = torch::stable::new_empty(x, {int64_t(bias ? 2 : 1), p.row_blocks, p.dim}, compute);
     p.partial = partial.mutable_data_ptr();

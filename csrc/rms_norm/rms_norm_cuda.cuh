@@ -12,53 +12,85 @@
 
 namespace cobra {
 
-constexpr int kMaxRowThreads = 512, kMaxRowWarps = kMaxRowThreads / kWarp;
-using RowSum = GroupSum<kMaxRowWarps>;
+constexpr int kMaxRowThreads = 640;
+using RowSum = GroupSum<kMaxRowThreads / kWarp>;
 
 // --- vector -----------------------------------------------------------------------------------------------------------
 
-// Channel of item i of this thread: packs of kWidth neighbours, one pack per thread, then the next round.
+// Channel of a pack of this thread: packs of kWidth neighbours, one pack per thread, then the next round.
 template <int kWidth>
-__device__ __forceinline__ int64_t pack_channel(int pack) {
-  return (int64_t(pack) * blockDim.x + threadIdx.x) * kWidth;
+__device__ __forceinline__ int pack_channel(int pack) {
+  return (pack * int(blockDim.x) + int(threadIdx.x)) * kWidth;
 }
 
-// v = the thread's channels of a row of `dim` channels, 0 beyond it. `row` points at channel 0.
-template <int kWidth, int kItems, class S>
-__device__ __forceinline__ void load_items(float (&v)[kItems], const S* row, int64_t dim) {
-  Pack<S, kWidth> packs[kItems / kWidth];
-#pragma unroll
-  for (int k = 0; k < kItems / kWidth; ++k) {  // all loads are under way before the first is used
-    const int64_t channel = pack_channel<kWidth>(k);
-    packs[k] = channel < dim ? load_pack<S, kWidth>(row + channel) : Pack<S, kWidth>{};
-  }
-#pragma unroll
-  for (int i = 0; i < kItems; ++i) v[i] = to_float(packs[i / kWidth].v[i % kWidth]);
-}
+// The thread's channels of a row as they lie in memory, 0 beyond its `dim` channels. A kernel first loads what it needs of every
+// tensor, so that all of it is under way at once, and takes the values afterwards: converting where one loads makes the
+// loads of the next tensor wait for those of the first.
 template <int kWidth, int kItems>
-__device__ __forceinline__ void load_items(float (&v)[kItems], const void* base, DType dtype, int64_t offset, int64_t dim) {
-  with_float_type(dtype, [&](auto t) { load_items<kWidth>(v, static_cast<const decltype(t)*>(base) + offset, dim); });
+struct RawItems {
+  unsigned words[kItems];  // of 16-bit elements the first half
+
+  // `row` points at channel 0.
+  template <class S>
+  __device__ __forceinline__ void load(const S* row, int dim) {
+    constexpr int kWords = kWidth * int(sizeof(S)) / 4;  // of a pack
+#pragma unroll
+    for (int k = 0; k < kItems / kWidth; ++k) {
+      const int channel = pack_channel<kWidth>(k);
+      Pack<unsigned, kWords> pack{};
+      if (channel < dim) pack = load_pack<unsigned, kWords>(reinterpret_cast<const unsigned*>(row + channel));
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[k * kWords + i] = pack.v[i];
+    }
+  }
+  __device__ __forceinline__ void load(const void* base, DType dtype, int64_t offset, int dim) {
+    if (dtype == DType::kFloat32) return load(static_cast<const float*>(base) + offset, dim);
+    load(static_cast<const __half*>(base) + offset, dim);  // or bf16: bits are bits
+  }
+
+  template <class S>
+  __device__ __forceinline__ float value(int i) const {
+    return value_of_word<S>(words[i * int(sizeof(S)) / 4], i * int(sizeof(S)) % 4);
+  }
+  // f(i, value) for every item.
+  template <class F>
+  __device__ __forceinline__ void for_values(DType dtype, F&& f) const {
+    with_float_type(dtype, [&](auto t) {
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) f(i, value<decltype(t)>(i));
+    });
+  }
+};
+
+// s = x + residual. One loop: x need not lie unpacked in registers beside the residual.
+template <class T, int kWidth, int kItems>
+__device__ __forceinline__ void add_residual(float (&s)[kItems], const RawItems<kWidth, kItems>& x, const RawItems<kWidth, kItems>& residual,
+                                             bool has_residual, DType dtype) {
+  if (has_residual) return residual.for_values(dtype, [&](int i, float v) { s[i] = x.template value<T>(i) + v; });
+#pragma unroll
+  for (int i = 0; i < kItems; ++i) s[i] = x.template value<T>(i);
 }
 
 template <int kWidth, int kItems, class S>
-__device__ __forceinline__ void store_items(const float (&v)[kItems], S* row, int64_t dim) {
+__device__ __forceinline__ void store_items(const float (&v)[kItems], S* row, int dim) {
+  constexpr int kWords = kWidth * int(sizeof(S)) / 4;
 #pragma unroll
   for (int k = 0; k < kItems / kWidth; ++k) {
-    const int64_t channel = pack_channel<kWidth>(k);
-    Pack<S, kWidth> pack;
+    const int channel = pack_channel<kWidth>(k);
+    Pack<unsigned, kWords> pack;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) pack.v[i] = round_to<S>(v[k * kWidth + i]);
-    if (channel < dim) store_pack<S, kWidth>(row + channel, pack);
+    for (int i = 0; i < kWords; ++i) pack.v[i] = word_of<S>(v + k * kWidth + i * 4 / int(sizeof(S)));
+    if (channel < dim) store_pack(reinterpret_cast<unsigned*>(row + channel), pack);
   }
 }
 template <int kWidth, int kItems>
-__device__ __forceinline__ void store_items(const float (&v)[kItems], void* base, DType dtype, int64_t offset, int64_t dim) {
+__device__ __forceinline__ void store_items(const float (&v)[kItems], void* base, DType dtype, int64_t offset, int dim) {
   with_float_type(dtype, [&](auto t) { store_items<kWidth>(v, static_cast<decltype(t)*>(base) + offset, dim); });
 }
 
 // f(i) for the items that are channels of the row.
 template <int kWidth, int kItems, class F>
-__device__ __forceinline__ void for_items(int64_t dim, F&& f) {
+__device__ __forceinline__ void for_items(int dim, F&& f) {
 #pragma unroll
   for (int k = 0; k < kItems / kWidth; ++k)
     if (pack_channel<kWidth>(k) < dim) {
@@ -69,7 +101,7 @@ __device__ __forceinline__ void for_items(int64_t dim, F&& f) {
 
 // n = (s - mean) * rstd with mean 0 for RMSNorm; s is replaced by s - mean, items beyond the row by 0. Returns rstd.
 template <int kWidth, int kItems>
-__device__ __forceinline__ float center_and_rstd(float (&s)[kItems], int64_t dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
+__device__ __forceinline__ float center_and_rstd(float (&s)[kItems], int dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
   if (!is_rms_norm) {
     float total = 0.f;
 #pragma unroll

@@ -9,17 +9,24 @@
 namespace cobra {
 namespace {
 
+constexpr int kGroupThreads = 128;  // of blocks that hold several groups, each a warp
+// Channels a thread, and the threads that still have registers for them. 16 channels of fp32 x, residual, dy and ds at once would spill.
+template <class T> constexpr int kMostItems = sizeof(T) == 2 ? 16 : 8;
+constexpr int most_threads(int items) { return items == 16 ? 512 : 640; }
+
 struct RowRange {
-  int64_t begin, end;
+  int64_t begin;
+  int count;
 };
 __device__ __forceinline__ RowRange rows_of_block(const RmsNormBwdParams& p) {
-  const int64_t each = (p.rows + p.row_blocks - 1) / p.row_blocks, begin = int64_t(blockIdx.x) * each, end = begin + each;
-  return {begin, end < p.rows ? end : p.rows};
+  const int64_t each = (p.rows + p.row_blocks - 1) / p.row_blocks, begin = int64_t(blockIdx.x) * each, left = p.rows - begin;
+  return {begin, left < 0 ? 0 : int(left < each ? left : each)};
 }
 
-// Adds the groups' gradients in group order and writes the block's row of `partial`. All threads of the block call it.
+// Writes the block's row of `partial`, its groups' gradients added in group order. All threads of the block call it.
 template <int kWidth, int kItems>
-__device__ __forceinline__ void store_block_gradient(const float (&gradient)[kItems], float* shared, float* partial, int64_t dim) {
+__device__ __forceinline__ void store_block_gradient(const float (&gradient)[kItems], float* shared, float* partial, int dim) {
+  if (blockDim.y == 1) return store_items<kWidth>(gradient, partial, dim);
   const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
   __syncthreads();  // `shared` may still be in use
 #pragma unroll
@@ -28,46 +35,55 @@ __device__ __forceinline__ void store_block_gradient(const float (&gradient)[kIt
   for (int item = threadIdx.y; item < kItems; item += blockDim.y) {
     float sum = 0.f;
     for (int group = 0; group < int(blockDim.y); ++group) sum += shared[item * threads + group * blockDim.x + threadIdx.x];
-    const int64_t channel = pack_channel<kWidth>(item / kWidth) + item % kWidth;
+    const int channel = pack_channel<kWidth>(item / kWidth) + item % kWidth;
     if (channel < dim) partial[channel] = sum;
   }
 }
 
 template <class T, int kItems>
-__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_vector_kernel(const __grid_constant__ RmsNormBwdParams p) {
+__global__ void __launch_bounds__(most_threads(kItems), 1) rms_norm_bwd_vector_kernel(const __grid_constant__ RmsNormBwdParams p) {
   constexpr int kWidth = 16 / sizeof(T);
   COBRA_SHARED(RowSum::Shared, shared);
-  COBRA_SHARED(float[kItems * kMaxRowThreads], gradients);
+  COBRA_DYNAMIC_SHARED(float, held);  // kItems per thread: its weights, at the end its gradients
   RowSum sum{shared};
   const float inverse_dim = 1.f / float(p.dim);
   const RowRange rows = rows_of_block(p);
+  const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
+  const auto held_at = [&](int i) { return (i / 4 * threads + thread) * 4 + i % 4; };  // by fours, neighbour after neighbour
+  RawItems<kWidth, kItems> weight;
+  weight.load(p.weight, p.weight_dtype, 0, int(p.dim));
+  weight.for_values(p.weight_dtype, [&](int i, float v) { held[held_at(i)] = v; });
   float dweight[kItems] = {}, dbias[kItems] = {};
 
-  for (int64_t first = rows.begin; first < rows.end; first += blockDim.y) {
+#pragma unroll 1
+  for (int first = 0; first < rows.count; first += blockDim.y) {
     // Groups past the last row go along with no channels: the barriers need the whole block.
-    const bool active = first + threadIdx.y < rows.end;
-    const int64_t row = active ? first + threadIdx.y : 0, dim = active ? p.dim : 0;
+    const bool active = first + int(threadIdx.y) < rows.count;
+    const int64_t row = active ? rows.begin + first + threadIdx.y : 0;
+    const int dim = active ? int(p.dim) : 0;
+    const auto [x_at, residual_at, dy_at, ds_at] = row_offsets(p.shape, row, p.x_stride, p.residual_stride, p.dy_stride, p.ds_stride).of;
 
-    float n[kItems], g[kItems];  // n holds s at first, g holds dy
-    load_items<kWidth>(n, static_cast<const T*>(p.x) + row_offset(p.shape, p.x_stride, row), dim);
-    load_items<kWidth>(g, static_cast<const T*>(p.dy) + row_offset(p.shape, p.dy_stride, row), dim);
-    if (p.residual) {
-      float residual[kItems];
-      load_items<kWidth>(residual, p.residual, p.residual_dtype, row_offset(p.shape, p.residual_stride, row), dim);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) n[i] += residual[i];
-    }
+    RawItems<kWidth, kItems> x, residual, dy, ds;
+    x.load(static_cast<const T*>(p.x) + x_at, dim);
+    if (p.residual) residual.load(p.residual, p.residual_dtype, residual_at, dim);
+    dy.load(static_cast<const T*>(p.dy) + dy_at, dim);
+    if (p.ds) ds.load(p.ds, p.ds_dtype, ds_at, dim);
+
+    float n[kItems], g[kItems], gn = 0.f;  // n holds s at first
+    add_residual<T>(n, x, residual, p.residual, p.residual_dtype);
     const float rstd = center_and_rstd<kWidth>(n, dim, inverse_dim, float(p.eps), p.is_rms_norm, sum);
-
-    float weight[kItems], gn = 0.f;
-    load_items<kWidth>(weight, p.weight, p.weight_dtype, 0, dim);
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      n[i] *= rstd;
-      dweight[i] += g[i] * n[i];
-      dbias[i] += g[i];
-      g[i] *= weight[i];
-      gn += g[i] * n[i];
+    for (int i = 0; i < kItems; i += 4) {
+      const auto w = load_pack<float, 4>(held + held_at(i));
+#pragma unroll
+      for (int j = i; j < i + 4; ++j) {
+        const float d = dy.template value<T>(j);
+        n[j] *= rstd;
+        dweight[j] += d * n[j];
+        dbias[j] += d;
+        g[j] = d * w.v[j - i];
+        gn += g[j] * n[j];
+      }
     }
     const float mean_gn = sum(gn) * inverse_dim;
     float mean_g = 0.f;
@@ -79,23 +95,19 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_vector_kernel(
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) g[i] = rstd * (g[i] - mean_g - n[i] * mean_gn);
-    if (p.ds) {
-      float ds[kItems];
-      load_items<kWidth>(ds, p.ds, p.ds_dtype, row_offset(p.shape, p.ds_stride, row), dim);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) g[i] += ds[i];
-    }
-    store_items<kWidth>(g, static_cast<T*>(p.dx) + row_offset(p.shape, p.dx_stride, row), dim);
-    if (p.dresidual) store_items<kWidth>(g, p.dresidual, p.residual_dtype, row_offset(p.shape, p.dresidual_stride, row), dim);
+    if (p.ds) ds.for_values(p.ds_dtype, [&](int i, float v) { g[i] += v; });
+    const auto [dx_at, dresidual_at] = row_offsets(p.shape, row, p.dx_stride, p.dresidual_stride).of;
+    store_items<kWidth>(g, static_cast<T*>(p.dx) + dx_at, dim);
+    if (p.dresidual) store_items<kWidth>(g, p.dresidual, p.residual_dtype, dresidual_at, dim);
   }
 
   float* const partial = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * p.dim;
-  store_block_gradient<kWidth>(dweight, gradients, partial, p.dim);
-  if (p.dbias) store_block_gradient<kWidth>(dbias, gradients, partial + p.row_blocks * p.dim, p.dim);
+  store_block_gradient<kWidth>(dweight, held, partial, int(p.dim));
+  if (p.dbias) store_block_gradient<kWidth>(dbias, held, partial + p.row_blocks * p.dim, int(p.dim));
 }
 
 // One group per block. A thread meets the same channels in every row, so it alone adds to their place in `partial`.
-__global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_strided_kernel(const __grid_constant__ RmsNormBwdParams p) {
+__global__ void __launch_bounds__(512, 1) rms_norm_bwd_strided_kernel(const __grid_constant__ RmsNormBwdParams p) {
   COBRA_SHARED(RowSum::Shared, shared);
   RowSum sum{shared};
   const float inverse_dim = 1.f / float(p.dim);
@@ -108,7 +120,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_strided_kernel
   }
 
   const RowView weight = {p.weight, p.weight_dtype, 0, p.weight_stride};
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
+  for (int64_t row = rows.begin; row < rows.begin + rows.count; ++row) {
     const RowInput s = row_input(p, row);
     const RowView dy = row_view(p.dy, p.x_dtype, p.shape, p.dy_stride, row);
     const RowView ds = row_view(p.ds, p.ds_dtype, p.shape, p.ds_stride, row);
@@ -135,7 +147,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) rms_norm_bwd_strided_kernel
 }
 
 // Stage 2. A block owns kColumns channels of dweight (blockIdx.y = 0) or dbias (1): kSegments threads each add a run of row blocks.
-constexpr int kColumns = 32, kSegments = 8;
+constexpr int kColumns = 32, kSegments = 32;
 
 __global__ void __launch_bounds__(kColumns* kSegments) rms_norm_bwd_reduce_kernel(const __grid_constant__ RmsNormBwdParams p) {
   COBRA_SHARED(float[kSegments][kColumns], sums);
@@ -163,23 +175,33 @@ __global__ void __launch_bounds__(kColumns* kSegments) rms_norm_bwd_reduce_kerne
   }
 }
 
+// Channels of the longest row that a block can hold.
+template <class T> constexpr int64_t kMostChannels = int64_t(kMostItems<T>) * most_threads(kMostItems<T>);
+
+template <class T>
 bool rows_fit_vectors(const RmsNormBwdParams& p) {
-  const int width = int(16 / size_of(p.x_dtype));
-  const auto packed = [&](const void* base, DType dtype, const RowStride& stride) { return rows_are_packed(base, dtype, p.shape, stride, width); };
-  return p.dim % width == 0 && p.dim <= int64_t(16) * kMaxRowThreads && packed(p.x, p.x_dtype, p.x_stride) &&
+  constexpr int kWidth = 16 / sizeof(T);
+  const auto packed = [&](const void* base, DType dtype, const RowStride& stride) { return rows_are_packed(base, dtype, p.shape, stride, kWidth); };
+  return p.dim % kWidth == 0 && p.dim <= kMostChannels<T> && packed(p.x, p.x_dtype, p.x_stride) &&
          packed(p.residual, p.residual_dtype, p.residual_stride) && packed(p.dy, p.x_dtype, p.dy_stride) &&
          packed(p.ds, p.ds_dtype, p.ds_stride) && packed(p.dx, p.x_dtype, p.dx_stride) &&
-         packed(p.dresidual, p.residual_dtype, p.dresidual_stride) && vector_is_packed(p.weight, p.weight_dtype, p.weight_stride, width);
+         packed(p.dresidual, p.residual_dtype, p.dresidual_stride) && vector_is_packed(p.weight, p.weight_dtype, p.weight_stride, kWidth) &&
+         vector_is_packed(p.partial, DType::kFloat32, 1, kWidth);
+}
+
+template <class T, int kItems>
+int launch_vector(const RmsNormBwdParams& p, void* stream) {
+  const int threads = row_threads(p.dim, kItems, most_threads(kItems)), groups = threads == kWarp ? kGroupThreads / kWarp : 1;
+  const size_t held = sizeof(float) * kItems * threads * groups;
+  return launch(&rms_norm_bwd_vector_kernel<T, kItems>, dim3(unsigned(p.row_blocks)), dim3(threads, groups), held, stream, p);
 }
 
 int launch_stage1(const RmsNormBwdParams& p, void* stream) {
-  const dim3 grid(unsigned(p.row_blocks));
-  if (!rows_fit_vectors(p)) return launch(&rms_norm_bwd_strided_kernel, grid, dim3(row_threads(p.dim, 4, kMaxRowThreads)), 0, stream, p);
   return pick_by_float_type(p.x_dtype, [&](auto t) {
     using T = decltype(t);
-    const int items = p.dim <= 256 ? 8 : 16, threads = row_threads(p.dim, items, kMaxRowThreads);
-    const dim3 block(threads, kMaxRowThreads / threads);
-    return launch(items == 8 ? &rms_norm_bwd_vector_kernel<T, 8> : &rms_norm_bwd_vector_kernel<T, 16>, grid, block, 0, stream, p);
+    if (!rows_fit_vectors<T>(p))
+      return launch(&rms_norm_bwd_strided_kernel, dim3(unsigned(p.row_blocks)), dim3(row_threads(p.dim, 4, 512)), 0, stream, p);
+    return p.dim <= 8 * kWarp ? launch_vector<T, 8>(p, stream) : launch_vector<T, kMostItems<T>>(p, stream);
   });
 }
 

@@ -35,9 +35,9 @@ class Case(NamedTuple):
         return "-".join(f"{k}={v}" for k, v in self._asdict().items() if v != getattr(base, k)).replace(" ", "") or "base"
 
 
-# On both sides of every change of kernel: 256, 512, 1024, 4096, 16384 channels forward, 256 and 8192 backward; odd sizes
-# and layouts run the strided kernels.
-VECTOR_DIMS = (4, 8, 128, 248, 256, 264, 512, 520, 1024, 1032, 4096, 4104, 8192, 8200)
+# On both sides of every change of kernel: 256, 512, 1024, 6144, 16384 channels forward (fp32: 256, 8192), 256, 512 and 8192 (fp32: 5120)
+# backward; odd sizes and layouts run the strided kernels.
+VECTOR_DIMS = (4, 8, 128, 248, 256, 264, 512, 520, 1024, 1032, 5120, 5128, 6144, 6152, 8192, 8200)
 STRIDED_DIMS = (1, 2, 3, 7, 31, 33, 127, 129, 255, 257, 1023, 1025)
 CASES = [
     Case(),
@@ -45,8 +45,10 @@ CASES = [
     *(Case(shape=(2, dim)) for dim in STRIDED_DIMS),
     *(Case(shape=(1, dim), dtype="bf16", bias=False) for dim in (16384, 16392)),
     *(Case(shape=(rows, dim)) for rows in (0, 1, 15, 16, 17, 33) for dim in (40, 41)),
-    *(Case(shape=(rows, 8), dtype="fp16") for rows in (127, 2100)),
+    *(Case(shape=(rows, 8), dtype="fp16") for rows in (127, 4100)),  # of the backward's row blocks, some are empty
+    *(Case(shape=(2, dim), dtype="fp16") for dim in (512, 1024, 1032)),
     Case(shape=(2, 2560)),
+    Case(shape=(5, 2560), dtype="bf16"),  # several rows, one after the other, in a block
     Case(shape=(5, 0)),
     *(Case(shape=shape) for shape in ((64,), (2, 3, 4, 64), (2, 3, 4, 65), (1, 2, 1, 3, 2, 1, 8), (4, 0, 8))),
     *(Case(dtype=d, is_rms_norm=n) for d in ("bf16", "fp16") for n in (True, False)),
@@ -56,10 +58,14 @@ CASES = [
                          ("fp32", "bf16", "fp16", "bf16"), ("fp32", "fp16", None, None))),
     *(Case(residual_dtype=None, s_dtype=s, dtype="bf16") for s in (None, "fp32")),
     *(Case(shape=(3, 5, dim), layout=x, dtype=d) for x in harness.LAYOUTS[1:] for dim, d in ((33, "fp32"), (64, "bf16"))),
-    *(Case(shape=(23, dim), max_grid_x=2) for dim in (40, 41, 2048)),
+    *(Case(shape=(23, dim), max_grid_x=most) for dim, most in ((40, 3), (41, 3), (2048, 12))),
 ]  # fmt: skip
 
-SANITIZED = [case for i, case in enumerate(CASES) if np.prod(case.shape) <= 5000 and (i % 3 == 0 or case.layout != "contiguous")]
+# A third of the small ones, every layout, and whatever it takes to run each kernel: (2, 1032) and (2, 512) are rows of several warps and of
+# one in every dtype, (5, 2560) keeps its weights in shared memory over several rows.
+KERNELS = ((2, 512), (2, 1032), (5, 2560))
+SANITIZED = [case for i, case in enumerate(CASES)
+             if np.prod(case.shape) <= 5000 and (i % 3 == 0 or case.layout != "contiguous") or case.shape in KERNELS]  # fmt: skip
 
 
 def mean(a: np.ndarray) -> np.ndarray:
@@ -115,7 +121,7 @@ def check(host, case: Case, device: str) -> None:
     dx = Tensor(shape, case.dtype, output_layout)
     dresidual = Tensor(shape, case.residual_dtype, output_layout) if residual else None
     dweight, dbias = Tensor((dim,), weight_dtype), Tensor((dim,), weight_dtype) if bias else None
-    row_blocks = host.rms_norm_bwd_row_blocks(int(np.prod(shape[:-1])))
+    row_blocks = host.rms_norm_bwd_row_blocks(device, int(np.prod(shape[:-1])), dim)
     partial = Tensor((2 if bias else 1, row_blocks, dim), "fp64" if case.dtype == "fp64" else "fp32")
     host.rms_norm_bwd(device, dy.array, array(ds), x.array, array(residual), weight.array, dx.array, array(dresidual), dweight.array,
                       array(dbias), partial.array, EPS, case.is_rms_norm)  # fmt: skip
