@@ -6,29 +6,36 @@
 namespace cobra {
 namespace {
 
-constexpr int kThreads = 128, kRowsAhead = 2, kPegThreads = 64, kSumColumns = 32, kSegments = 8;
+constexpr int kThreads = 128, kPegThreads = 64, kSumColumns = 32, kSegments = 8;
 
-// d of a position of the grid, from the bins that hold it.
-template <int kWidth>
+// d of a position of the grid, from the bins that hold it. Int: unsigned where all products of sizes fit 31 bits, else int64_t, whose
+// divisions take twice the instructions.
+template <class Int, int kWidth>
 __device__ __forceinline__ void gather(float (&d)[kWidth], const GeluBwdParams& p, int64_t row, int64_t col) {
-  const int64_t x = row % p.width, y = row / p.width % p.height, batch = row / p.width / p.height;
-  const int64_t i1 = bin_end(y, p.out_height, p.height), j1 = bin_end(x, p.out_width, p.width);
+  const Int height = Int(p.height), width = Int(p.width), out_height = Int(p.out_height), out_width = Int(p.out_width);
+  const auto begin = [](Int i, Int in, Int out) { return i * in / out; };  // bin_begin, bin_end
+  const auto end = [](Int i, Int in, Int out) { return ((i + 1) * in + out - 1) / out; };
+  const int64_t batch = row / (p.height * p.width);
+  const Int position = Int(row - batch * (p.height * p.width)), y = position / width, x = position - y * width;
+  const Int i1 = end(y, out_height, height), j0 = begin(x, out_width, width), j1 = end(x, out_width, width);
 #pragma unroll
   for (int c = 0; c < kWidth; ++c) d[c] = 0.f;
-  for (int64_t i = bin_begin(y, p.out_height, p.height); i < i1; ++i)
-    for (int64_t j = bin_begin(x, p.out_width, p.width); j < j1; ++j) {
-      const int64_t rows = bin_end(i, p.height, p.out_height) - bin_begin(i, p.height, p.out_height);
-      const float share = 1.f / float(rows * (bin_end(j, p.width, p.out_width) - bin_begin(j, p.width, p.out_width)));
+  for (Int i = begin(y, out_height, height); i < i1; ++i) {
+    const Int rows = end(i, height, out_height) - begin(i, height, out_height);
+    for (Int j = j0; j < j1; ++j) {
+      const float share = reciprocal_fast(float(rows * (end(j, width, out_width) - begin(j, width, out_width))));
       float v[kWidth];
-      load_floats(v, p.d, p.d_dtype, ((batch * p.out_height + i) * p.out_width + j) * p.cols + col);
+      load_floats(v, p.d, p.d_dtype, (batch * (p.out_height * p.out_width) + i * out_width + j) * p.cols + col);
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) d[c] = fmaf(v[c], share, d[c]);
     }
+  }
 }
 
-// kRowsAhead rows are loaded before the first is used.
-template <int kWidth, bool kPool>
+// kAhead rows are loaded before the first is used; one where divisions in 64 bits need the registers.
+template <int kWidth, class PoolInt>  // PoolInt: void without a pool
 __global__ void __launch_bounds__(kThreads) projector_gelu_bwd_kernel(const __grid_constant__ GeluBwdParams p) {
+  constexpr int kAhead = std::is_same_v<PoolInt, int64_t> ? 1 : 2;
   const int64_t tiles = (p.cols + kThreads * kWidth - 1) / (kThreads * kWidth), each = (p.rows + p.row_blocks - 1) / p.row_blocks;
   for (int64_t index = blockIdx.x; index < tiles * p.row_blocks; index += gridDim.x) {
     const int64_t block = index / tiles, col = (index % tiles * kThreads + threadIdx.x) * kWidth;
@@ -36,19 +43,19 @@ __global__ void __launch_bounds__(kThreads) projector_gelu_bwd_kernel(const __gr
     float bias[kWidth], sum[kWidth] = {};
     load_bias(bias, p.bias, p.bias_dtype, p.bias_stride, col, p.cols);
     const int64_t begin = block * each, end = begin + each < p.rows ? begin + each : p.rows;
-    for (int64_t row = begin; row < end; row += kRowsAhead) {
-      float d[kRowsAhead][kWidth], z[kRowsAhead][kWidth];
+    for (int64_t row = begin; row < end; row += kAhead) {
+      float d[kAhead][kWidth], z[kAhead][kWidth];
 #pragma unroll
-      for (int r = 0; r < kRowsAhead; ++r) {
+      for (int r = 0; r < kAhead; ++r) {
         if (row + r >= end) break;
-        if constexpr (kPool)
-          gather(d[r], p, row + r, col);
-        else
+        if constexpr (std::is_void_v<PoolInt>)
           load_floats(d[r], p.d, p.d_dtype, row_offset(p.shape, p.d_stride, row + r) + col * p.d_stride.dim);
+        else
+          gather<PoolInt>(d[r], p, row + r, col);
         if (p.sums) load_floats(z[r], p.sums, DType::kFloat32, (row + r) * p.cols + col);
       }
 #pragma unroll
-      for (int r = 0; r < kRowsAhead; ++r) {
+      for (int r = 0; r < kAhead; ++r) {
         if (row + r >= end) break;
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) {
@@ -183,8 +190,15 @@ int projector_gelu_bwd_cuda(const GeluBwdParams& p, void* stream) {
     for (int i = 0; i < p.shape.ndim; ++i) wide = wide && p.d_stride.row[i] % 8 == 0;
   }
   const auto run = [&](auto* kernel, int width) { return launch_blocks(kernel, p, p.cols, kThreads, width, p.row_blocks, stream); };
-  const int error = p.pool ? (wide ? run(&projector_gelu_bwd_kernel<8, true>, 8) : run(&projector_gelu_bwd_kernel<1, true>, 1))
-                           : (wide ? run(&projector_gelu_bwd_kernel<8, false>, 8) : run(&projector_gelu_bwd_kernel<1, false>, 1));
+  // Sizes that are no more than 32767 have products that fit.
+  const bool small = p.height < 1 << 15 && p.width < 1 << 15 && p.out_height < 1 << 15 && p.out_width < 1 << 15;
+  int error;
+  if (!p.pool)
+    error = wide ? run(&projector_gelu_bwd_kernel<8, void>, 8) : run(&projector_gelu_bwd_kernel<1, void>, 1);
+  else if (small)
+    error = wide ? run(&projector_gelu_bwd_kernel<8, unsigned>, 8) : run(&projector_gelu_bwd_kernel<1, unsigned>, 1);
+  else
+    error = run(&projector_gelu_bwd_kernel<1, int64_t>, 1);
   return error || !p.dbias ? error : launch_sums(column_sums(p), stream);
 }
 
