@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...library import OPS
 from ...linear import linear
 from ..causal_conv1d import op as conv
 from ..rms_norm import op as norm
@@ -115,7 +114,7 @@ def backward(
             grads["x_proj_weight"] = _weight_gradient(a, dx_dbl, u.transpose(1, 2), a.x_proj_weight)
         del u
         du = _plus_product(a, du, dx_dbl, a.x_proj_weight)
-        dx, dweight, dbias, dpast = OPS.causal_conv1d_bwd.default(
+        dx, dweight, dbias, dpast = conv._BACKWARD[a.backend](
             du, dconv_state, x, a.conv1d_weight.squeeze(1), a.conv1d_bias, None, a.initial_conv_state, True, a.cu_seqlens
         )  # fmt: skip
         del du
