@@ -25,17 +25,17 @@ struct Partition {
     const int64_t runs = p.dim / run;
     block = std::min(kBlock, (run + kLanes - 1) / kLanes * kLanes);
     // Something to share out. Rows do not count: dB and dC of a row must not depend on how many there are.
-    while (block > kLanes && runs * ((run + block - 1) / block) < 16) block = (block / 2 + kLanes - 1) / kLanes * kLanes;
+    while (block > kLanes && runs * ((run + block - 1) / block) < 8) block = (block / 2 + kLanes - 1) / kLanes * kLanes;
     run_blocks = (run + block - 1) / block;
     blocks = runs * run_blocks;
     positions = p.batch * p.seqlen;
 
     const int64_t per_channel = parts * p.dstate * p.dim, per_position = blocks * p.dstate * positions;
-    dB = 0;                                               // (blocks, dstate, positions), constant: (parts, dstate, dim)
+    dB = 0;                                                 // (blocks, dstate, positions), constant: (parts, dstate, dim)
     dC = dB + (p.B_constant ? per_channel : per_position);  // as dB
     dA = dC + (p.C_constant ? per_channel : per_position);  // (parts, dstate, dim)
-    dD = dA + per_channel;                                // (parts, dim)
-    ddelta_bias = dD + parts * p.dim;                     // (parts, dim)
+    dD = dA + per_channel;                                  // (parts, dim)
+    ddelta_bias = dD + parts * p.dim;                       // (parts, dim)
     size = ddelta_bias + parts * p.dim;
   }
   // Channels [first, first + count) of a block.
@@ -133,7 +133,7 @@ COBRA_INLINE Vec<T> sum_rows(Vec<T> (&row)[Vec<T>::kWidth]) {
 // One thread's buffers for a block of channels, and the walk over its sequences.
 template <class T>
 class BlockGradient {
-  static constexpr int W = Vec<T>::kWidth, S = W == 16 ? 4 : 2;  // states at a time: what the registers hold
+  static constexpr int W = Vec<T>::kWidth, S = std::min(W, 4);  // states at a time
   static constexpr int64_t kSteps = kStateChunk, kChunk = kSteps + 1;  // padded by a step, as in the forward
 
  public:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 from typing import NamedTuple
 
@@ -503,62 +504,229 @@ def test_stride_beyond_32_bits(tmp_path):
 
 # --- gradients -------------------------------------------------------------------------------------------------------
 
-GRADIENT_CASES = [
-    c
-    for c in CASES
-    if c in (Case(), Case(D=False, z=False, bias=False, softplus=False, initial=False, steps="raw"))
-    or c.dtype in (BF16, F16) and c.dim < 100
-    or (c.B, c.C) != ("3d", "3d")
-    or c.cu_seqlens is not None
-    or c.seqlen in (0, 1, 33)
-    or 0 in (c.batch, c.dim)
-    or c.layout in ("channel_last", "strided", "expanded")
+# Autograd of the fp64 reference is the judge and takes a second per hundred steps of a wide case: long and wide ones once each.
+GRADIENT_CASES = [c for c in CASES if c.seqlen <= 129 and c.dim * c.dstate <= 2400 and c.steps != "tiny"]
+GRADIENT_CASES += [
+    Case(dim=600, seqlen=9, dstate=3),
+    Case(dim=300, seqlen=66, dstate=2, layout="channel_last", D=False),
+    Case(batch=1, dim=5, seqlen=257, dstate=3),
+    Case(batch=19, dim=9, seqlen=3),  # more rows than the sums over rows have parts
+    Case(batch=1, dim=17, seqlen=200, cu_seqlens=(0, 64, 64, 129, 194), layout="channel_last"),
 ]
 
 
-@pytest.mark.parametrize("case", [c for c in GRADIENT_CASES if c.dtype != F64 and c.dim < 130 and c.dstate < 65], ids=lambda c: c.id)
+def gradients(case: Case, tensors: dict, backend: str | None, douts=None, wanted=TENSORS):
+    """(outputs, {name: gradient}) of what is present; `douts` are of (out, last_state), random by default, either may be None."""
+    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if t is not None and k in wanted}
+    outputs = run(case, {**tensors, **leaves}, backend)
+    if douts is None:
+        g, state_dtype = torch.Generator().manual_seed(1), F64 if case.dtype == F64 else F32
+        douts = [torch.randn(o.shape, generator=g, dtype=F64).to(dtype) for o, dtype in zip(outputs, (case.dtype, state_dtype))]
+    used = [(o, d) for o, d in zip(outputs, douts) if d is not None and o.requires_grad]
+    found = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [d.to(o.dtype) for o, d in used], allow_unused=True)
+    return outputs, {k: torch.zeros_like(leaf) if g is None else g for (k, leaf), g in zip(leaves.items(), found)}
+
+
+def check_gradients(case: Case, tensors: dict, backend: str | None, douts=None):
+    _, got = gradients(case, tensors, backend, douts)
+    _, want = gradients(case, in_fp64(tensors), "reference", douts)
+    for name, t in got.items():
+        assert t.dtype == tensors[name].dtype and t.shape == tensors[name].shape
+        assert_close(t, want[name], GRADIENT[t.dtype], f"d{name}[{backend}]")
+
+
+@pytest.mark.parametrize("case", [c for c in GRADIENT_CASES if c.dtype != F64], ids=lambda c: c.id)
 @pytest.mark.parametrize("backend", kernel_backends())
 def test_gradients(case, backend):
-    tensors = make_inputs(case)
-    leaves = {k: t.detach().requires_grad_() for k, t in tensors.items() if t is not None}
-    wide = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-    outs = run(case, {**tensors, **leaves}, backend)
-    expected = run(case, {**tensors, **wide}, "reference")
-    g = torch.Generator().manual_seed(1)
-    douts = [torch.randn(o.shape, generator=g, dtype=F64).to(o.dtype) for o in outs]
-    got = torch.autograd.grad(outs, list(leaves.values()), douts)
-    want = torch.autograd.grad(expected, list(wide.values()), [d.double() for d in douts], allow_unused=True)
-    for name, mine, theirs in zip(leaves, got, want):
-        assert mine.dtype == leaves[name].dtype
-        assert_close(mine, torch.zeros_like(wide[name]) if theirs is None else theirs, GRADIENT[mine.dtype], f"d{name}[{backend}]")
+    check_gradients(case, make_inputs(case), backend)
 
 
-@pytest.mark.parametrize("through", ["out", "last_state"])
-@pytest.mark.parametrize("incoming", ["expanded", "transposed"])
-def test_gradient_through_one_output_only(through, incoming):
-    case = Case(dim=7, seqlen=9, dstate=3)
+@pytest.mark.parametrize("case", [c._replace(batch=1) for c in LEVEL_CASES], ids=lambda c: c.id)
+def test_gradients_at_every_level(cpu_level, case):
+    check_gradients(case, make_inputs(case), "cpu")
+
+
+INCOMING = {
+    "expanded": lambda t: torch.ones((), dtype=t.dtype).expand(t.shape),
+    "transposed": lambda t: torch.randn(t.shape[0], t.shape[2], t.shape[1], dtype=t.dtype).transpose(1, 2),
+    "rows repeated": lambda t: torch.randn(t.shape[1:], dtype=t.dtype).expand(t.shape),
+    "every second": lambda t: torch.randn(*t.shape[:2], 2 * t.shape[2], dtype=t.dtype)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("through", ["out", "last_state", "both"])
+@pytest.mark.parametrize("incoming", INCOMING)
+def test_incoming_gradients_of_any_strides(through, incoming):
+    case = Case(dim=21, seqlen=67, dstate=5)
     tensors = make_inputs(case)
+    like = (torch.empty(2, 21, 67), torch.empty(2, 21, 5))
+    douts = [INCOMING[incoming](t) if through in (name, "both") else None for name, t in zip(("out", "last_state"), like)]
+    check_gradients(case, tensors, None, douts)
+
+
+def gradcheck_cases() -> list[Case]:
+    """Every combination of the optional arguments four times, each time with other sizes, forms of B and C, and packing."""
+    rng, cases = random.Random(0), []
+    for flags in itertools.product((True, False), repeat=5):
+        for kind in ("short", "short", "chunks", "packed"):  # a chunk of the backward is 64 steps
+            batch, seqlen, cu_seqlens = rng.randint(1, 2), rng.randint(1, 7), None
+            if kind == "chunks":
+                batch, seqlen = 1, rng.randint(64, 66)
+            elif kind == "packed":
+                batch, seqlen = 1, rng.randint(4, 7)
+                cu_seqlens = (0, *sorted(rng.randint(0, seqlen) for _ in range(rng.randint(1, 3))))
+            B, C = (rng.choice(("3d", 1, "dim", "constant")) for _ in range(2))
+            dim, dstate = rng.randint(2, 3), rng.randint(1, 3)
+            options = dict(zip(("D", "z", "bias", "softplus", "initial"), flags))
+            case = Case(batch, dim, seqlen, dstate, F64, B=dim if B == "dim" else B, C=dim if C == "dim" else C, cu_seqlens=cu_seqlens, **options)
+            cases.append(case._replace(steps="realistic" if case.softplus else "raw"))
+    return cases
+
+
+@pytest.mark.skipif(cobra_kernels.backends()["cpu"] is not None, reason="no compiled kernels")
+@pytest.mark.parametrize("part", range(8))
+def test_gradcheck_in_fp64(part):
+    """The kernel's backward is the derivative of its own forward, by differences: 128 configurations, long ones along random directions."""
+    for case in gradcheck_cases()[part::8]:
+        tensors = make_inputs(case, seed=part)
+        present = [k for k, v in tensors.items() if v is not None]
+
+        def function(*leaves, case=case, tensors=tensors, present=present):
+            return run(case, {**tensors, **dict(zip(present, leaves))}, "cpu")
+
+        assert torch.autograd.gradcheck(function, [tensors[k].requires_grad_() for k in present], fast_mode=case.seqlen > 7), case.id
+
+
+@pytest.mark.parametrize("backend", ["reference", *kernel_backends()])
+@pytest.mark.parametrize("case", [Case(dim=3, seqlen=5, dstate=2), Case(dim=3, seqlen=5, dstate=2, D=False, z=False, bias=False, initial=False)], ids=lambda c: c.id)
+def test_gradient_of_each_input_alone(case, backend):
+    """Asking for one gradient gives what asking for all gives."""
+    tensors = make_inputs(case)
+    _, together = gradients(case, tensors, backend)
+    for name, expected in together.items():
+        assert torch.equal(gradients(case, tensors, backend, wanted=(name,))[1][name], expected)
+
+
+def test_softplus_threshold_has_the_exact_gradient_in_fp64():
+    delta = torch.tensor([19.9, 20.0, 20.1, 100.0, -100.0], dtype=F64).view(-1, 1, 1).requires_grad_()
+    one = torch.ones(5, 1, 1, dtype=F64)
+    expected = torch.where(delta > 20, 1.0, torch.sigmoid(delta)).flatten()
+    for backend in (None, "reference"):
+        dt = selective_scan(one, delta, torch.zeros(1, 1, dtype=F64), one, one, None, None, None, True, backend=backend)
+        (gradient,) = torch.autograd.grad(dt.sum(), delta)
+        assert torch.allclose(gradient.flatten(), expected, rtol=1e-14, atol=0)
+        assert (gradient[2:4] == 1).all() and 0 < gradient[4] < 1e-43
+
+
+def test_states_that_forget_and_huge_steps_have_finite_gradients(cpu_level):
+    """A = -inf (exp(A_log) overflowed) and dt = 1e4: the reference's gradients where it has any, and no NaN of our own."""
+    case = Case(dim=20, seqlen=70, dstate=3)
+    tensors = make_inputs(case)
+    tensors["A"][::3, 1] = -float("inf")
+    tensors["delta"][:, 5, 9:40] = 1e4
+    _, got = gradients(case, tensors, "cpu")
+    _, want = gradients(case, in_fp64(tensors), "reference")
+    assert want["delta"].isnan().any()  # 0 * inf, which the kernel takes as 0
+    for name, t in got.items():
+        assert t.isfinite().all(), name
+        known = want[name].isfinite()
+        assert_close(t[known], want[name][known], GRADIENT[F32], f"d{name}")
+
+
+# --- promises of the backward ----------------------------------------------------------------------------------------
+
+
+def equal(got: dict, want: dict, names=TENSORS) -> bool:
+    return all(torch.equal(got[k], want[k]) for k in names if k in want)
+
+
+@pytest.mark.parametrize("backend", kernel_backends())
+@pytest.mark.parametrize("layout", ["channel_first", "channel_last"])
+def test_gradients_of_packed_equal_separate_bit_for_bit(backend, layout):
+    case = Case(batch=1, dim=40, seqlen=200, layout=layout, B=2, cu_seqlens=(0, 1, 1, 66, 130, 197))
+    t = make_inputs(case)
+    douts = [torch.randn(1, 40, 200), torch.randn(5, 40, 16)]
+    _, packed_grads = gradients(case, t, backend, douts)
+    for name in ("u", "delta", "z", "B", "C"):
+        assert (packed_grads[name][..., 197:] == 0).all(), f"d{name} in the padding"
+    for i, (begin, end) in enumerate(zip(case.cu_seqlens, case.cu_seqlens[1:])):
+        part = {k: v[..., begin:end] if k in ("u", "delta", "z", "B", "C") else v for k, v in t.items()}
+        part["initial_state"] = t["initial_state"][i : i + 1]
+        _, alone = gradients(case._replace(cu_seqlens=None), part, backend, [douts[0][..., begin:end], douts[1][i : i + 1]])
+        for name in ("u", "delta", "z", "B", "C"):
+            assert torch.equal(alone[name], packed_grads[name][..., begin:end]), f"d{name} of sequence {i}"
+        assert torch.equal(alone["initial_state"][0], packed_grads["initial_state"][i])
+
+
+@pytest.mark.parametrize("backend", kernel_backends())
+@pytest.mark.parametrize("B, C", [("3d", "3d"), (4, 2), ("constant", "3d")])
+def test_gradients_have_the_same_bits_every_run_and_whatever_the_other_rows(backend, B, C):
+    case = Case(batch=3, dim=300, seqlen=70, dstate=4, B=B, C=C)
+    t = make_inputs(case)
+    _, first = gradients(case, t, backend)
+    assert equal(gradients(case, t, backend)[1], first)
+    per_row = ("u", "delta", "z", "initial_state", *(name for name in "BC" if t[name].dim() > 2))
+    other = {k: v.clone() for k, v in t.items()}
+    for name in per_row:
+        other[name][::2] = float("nan")
+    _, poisoned = gradients(case, other, backend)
+    assert all(torch.equal(poisoned[name][1], first[name][1]) for name in per_row)
+    douts = [torch.randn(3, 300, 70), torch.randn(3, 300, 4)]
+    _, three = gradients(case, t, backend, douts)
+    _, one = gradients(case._replace(batch=1), {k: v[1:2] if k in per_row else v for k, v in t.items()}, backend, [d[1:2] for d in douts])
+    assert all(torch.equal(one[name][0], three[name][1]) for name in per_row)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_gradients_of_all_layouts_agree_bit_for_bit(cpu_level, dtype):
+    case = Case(batch=2, dim=150, seqlen=67, dtype=dtype, dstate=5)
+    t = make_inputs(case)
+    _, first = gradients(case, t, "cpu")
+    for layout in ("channel_last", "strided", "sliced"):
+        assert equal(gradients(case, {k: laid_out(v, layout) if v.dim() > 2 else v for k, v in t.items()}, "cpu")[1], first), layout
+
+
+@pytest.mark.threads
+@pytest.mark.parametrize(
+    "case",
+    [Case(dim=600, seqlen=130), Case(dim=20, batch=7, seqlen=300, B="constant"), Case(batch=1, dim=700, seqlen=200, B=4, cu_seqlens=(0, 3, 150))],
+    ids=lambda c: c.id,
+)
+def test_threads_change_no_bit_of_a_gradient(threads, case):
+    t = make_inputs(case)
+    one, two = threads(lambda: gradients(case, t, "cpu")[1], 1, 2)
+    assert equal(two, one)
+
+
+@pytest.mark.skipif(cobra_kernels.backends()["cpu"] is not None, reason="no compiled kernels")
+def test_memory_for_the_backward():
+    """Saved: the inputs and 4 dstate / 64 bytes per channel and token. At its peak the backward adds the gradients and a workspace
+    of 8 dstate bytes per token and 128 channels, and dA's parts: never (batch, dim, seqlen, dstate)."""
+    batch, dim, seqlen, dstate = 2, 1024, 512, 16
+    tensors = make_inputs(Case(batch, dim, seqlen, dstate, layout="channel_last"))
     leaves = {k: t.requires_grad_() for k, t in tensors.items()}
-    wide = {k: t.detach().double().requires_grad_() for k, t in leaves.items()}
-    index = 0 if through == "out" else 1
-    got_from, want_from = run(case, leaves)[index], run(case, wide, "reference")[index]
-    dout = torch.randn(got_from.shape[0], got_from.shape[2], got_from.shape[1]).transpose(1, 2)
-    dout = dout if incoming == "transposed" else torch.ones(()).expand(got_from.shape)
-    got = torch.autograd.grad(got_from, list(leaves.values()), dout)
-    want = torch.autograd.grad(want_from, list(wide.values()), dout.double(), allow_unused=True)
-    for name, mine, theirs in zip(leaves, got, want):
-        assert_close(mine, torch.zeros_like(wide[name]) if theirs is None else theirs, GRADIENT[F32], f"d{name}")
+    saved = {}
 
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
 
-@pytest.mark.parametrize("softplus, z, D, bias, initial", [(True,) * 5, (False,) * 5, (True, False, True, False, True), (False, True, False, True, False)])
-@pytest.mark.parametrize("B, C", [("3d", 2), ("constant", "3d")])
-def test_gradcheck_in_fp64(softplus, z, D, bias, initial, B, C):
-    case = Case(batch=1, dim=2, seqlen=4, dstate=2, dtype=F64, B=B, C=C, softplus=softplus, z=z, D=D, bias=bias, initial=initial, steps="raw")
-    tensors = make_inputs(case)
-    present = [k for k, v in tensors.items() if v is not None]
-    leaves = [tensors[k].requires_grad_() for k in present]
-    for backend in ("cpu", "reference"):
-        assert torch.autograd.gradcheck(lambda *ts, b=backend: run(case, {**tensors, **dict(zip(present, ts))}, b), leaves)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out, last = run(Case(), leaves)
+    inputs = sum(t.untyped_storage().nbytes() for t in leaves.values())
+    tokens, states = batch * seqlen, batch * dim * seqlen * dstate * 4 // 64
+    assert sum(saved.values()) == inputs + states
+    gradients_of_outputs = [torch.ones_like(out), torch.ones_like(last)]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        found = torch.autograd.grad((out, last), list(leaves.values()), gradients_of_outputs)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    workspace = tokens * dstate * 8 * dim // 128 + batch * dim * (dstate + 2) * 4
+    assert peak >= sum(g.untyped_storage().nbytes() for g in found)
+    assert peak - sum(g.untyped_storage().nbytes() for g in found) <= 1.01 * workspace
 
 
 def test_softplus_threshold_has_the_exact_gradient():
@@ -662,6 +830,9 @@ OPCHECK_CASES = [
     Case(dim=3, seqlen=2, dstate=1, D=False, z=False, bias=False, initial=False),
     Case(dim=3, seqlen=4, dstate=2, batch=1, cu_seqlens=(0, 1, 3)),
     Case(dim=3, seqlen=0, dstate=2),
+    Case(dim=4, seqlen=3, dstate=2, B="constant", C=4, D=False, dtype=F64),
+    Case(dim=4, seqlen=66, dstate=2, z=False, layout="channel_last"),
+    Case(batch=0, dim=3, seqlen=3, dstate=2, softplus=False, bias=False),
 ]
 
 
