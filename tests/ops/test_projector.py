@@ -473,11 +473,13 @@ def test_gradients_of_a_gpu(gpu_calls, monkeypatch, case, ldp, product):
 
 
 class Products(TorchDispatchMode):
-    """What runs inside: names of matrix products and of our passes, and how many gradients the backward op returned."""
+    """What runs inside: names, of matrix products and of our passes among them; which of our backward passes stored more than sums over
+    rows; how many gradients the backward op returned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.stored: list[bool] = []
         self.returned: list[int] = []
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -485,26 +487,29 @@ class Products(TorchDispatchMode):
         name = op._schema.name.split("::")[-1]
         if name.endswith("projector_bwd"):
             self.returned.append(len(out))
+        elif name.endswith("_bwd"):
+            self.stored.append(out[0].numel() > 0)
         self.names.append(name)
         return out
 
 
-# id: LDP, the tensor whose gradient is wanted, products (of the forward again, and back), our backward passes. Three layers, or LDP's two.
+# id: LDP, the tensor whose gradient is wanted, products (of the forward again, and back), our passes forward and back. Three layers,
+# or LDP's two.
 SUBSETS = {
-    "mlp-features": (False, 0, 2 + 3, 2),
-    "mlp-first-weight": (False, 1, 2 + 3, 2),
-    "mlp-first-bias": (False, 4, 2 + 2, 2),
-    "mlp-second-weight": (False, 2, 2 + 2, 1),
-    "mlp-second-bias": (False, 5, 2 + 1, 1),
-    "mlp-last-weight": (False, 3, 2 + 1, 0),
-    "mlp-last-bias": (False, 6, 0, 1),
-    "ldp-features": (True, 0, 1 + 2, 2),
-    "ldp-first-weight": (True, 1, 1 + 2, 2),
-    "ldp-first-bias": (True, 3, 1 + 1, 2),
-    "ldp-second-weight": (True, 2, 1 + 1, 1),
-    "ldp-second-bias": (True, 4, 0, 1),
-    "ldp-filter": (True, 5, 2, 1),
-    "ldp-filter-bias": (True, 6, 0, 1),
+    "mlp-features": (False, 0, 2 + 3, (1, 2)),
+    "mlp-first-weight": (False, 1, 2 + 3, (1, 2)),
+    "mlp-first-bias": (False, 4, 2 + 2, (1, 2)),
+    "mlp-second-weight": (False, 2, 2 + 2, (1, 1)),
+    "mlp-second-bias": (False, 5, 2 + 1, (1, 1)),
+    "mlp-last-weight": (False, 3, 2 + 1, (2, 0)),
+    "mlp-last-bias": (False, 6, 0, (0, 1)),
+    "ldp-features": (True, 0, 1 + 2, (0, 2)),
+    "ldp-first-weight": (True, 1, 1 + 2, (0, 2)),
+    "ldp-first-bias": (True, 3, 1 + 1, (0, 2)),
+    "ldp-second-weight": (True, 2, 1 + 1, (1, 1)),
+    "ldp-second-bias": (True, 4, 0, (0, 1)),
+    "ldp-filter": (True, 5, 2, (1, 1)),
+    "ldp-filter-bias": (True, 6, 0, (0, 1)),
 }
 
 
@@ -527,7 +532,10 @@ def test_no_work_for_a_gradient_nobody_wants(name):
     (got,) = [t for t in all_of_them if t is not None]
     assert torch.equal(got, together)
     assert sum(n in ("mm", "addmm", "_linear_pointwise") for n in ran.names) == products, ran.names
-    assert sum(n in ("projector_gelu_bwd", "projector_gelu_pool_bwd", "projector_peg_bwd") for n in ran.names) == passes, ran.names
+    forward = sum(n in ("projector_bias_gelu", "projector_gelu_pool") for n in ran.names)
+    back = sum(n in ("projector_gelu_bwd", "projector_gelu_pool_bwd", "projector_peg_bwd") for n in ran.names)
+    assert (forward, back) == passes, ran.names
+    assert not ran.stored or ran.stored[-1] == (wanted < len(features) + len(weights))  # for a product to read, if one follows
     leaves = [t.requires_grad_(i == wanted) for i, t in enumerate(tensors)]
     with Products() as ran:
         run(case, leaves, "cpu", ldp).backward(dout)
