@@ -245,13 +245,15 @@ void gradient_time(const T* x, T* g, int64_t n, int64_t m, const T* weight, T bi
     if constexpr (kSeqIdx) return where_greater(load(same + w * stride + t), zero, v, zero);
     return v;
   };
-  Vec<T> total[kMost + 1];  // in registers where the width is known
-  if constexpr (kWidth > 0)
+  Vec<T> total[kMost + 1], filter[kMost];  // in registers where the width is known: a store to g might change `weight`
+  if constexpr (kWidth > 0) {
     for (int w = 0; w <= kWidth; ++w) total[w] = sums[w];
+    for (int w = 0; w < kWidth; ++w) filter[w] = weight[w];
+  }
   const auto step = [&](int64_t t, int64_t own) {
     Vec<T> sum = bias;
 #pragma GCC unroll 16
-    for (int64_t w = 0; w < taps; ++w) sum = fma(Vec<T>(weight[w]), tap_at(t, w), sum);
+    for (int64_t w = 0; w < taps; ++w) sum = fma(kWidth > 0 ? filter[w] : Vec<T>(weight[w]), tap_at(t, w), sum);
     Vec<T> result = load(g + t);
     if (silu) result = result * silu_gradient(sum);
     if constexpr (kSeqIdx) result = where_greater(load(same + (taps - 1) * stride + t), zero, result, zero);
@@ -283,13 +285,16 @@ template <class T, int kWidth, bool kSeqIdx>
 void dx_time(const T* first, const T* g, int64_t n, const T* weight, int64_t width, const T* same, int64_t stride, T* dx) {
   const int64_t taps = kWidth > 0 ? kWidth : width;
   const Vec<T> zero = T(0);
+  Vec<T> filter[kWidth > 0 ? kWidth : 1];
+  if constexpr (kWidth > 0)
+    for (int w = 0; w < kWidth; ++w) filter[w] = weight[w];
   for (int64_t s = 0; s < n; s += Vec<T>::kWidth) {
     Vec<T> sum = load(first + s);
 #pragma GCC unroll 16
     for (int64_t r = 0; r < taps; ++r) {
       Vec<T> v = load(g + s + r);
       if constexpr (kSeqIdx) v = where_greater(load(same + (taps - 1 - r) * stride + s + r), zero, v, zero);
-      sum = fma(Vec<T>(weight[taps - 1 - r]), v, sum);
+      sum = fma(kWidth > 0 ? filter[taps - 1 - r] : Vec<T>(weight[taps - 1 - r]), v, sum);
     }
     store(dx + s, sum);
   }

@@ -23,7 +23,7 @@ from tests.ops.test_causal_conv1d import (  # noqa: E402
     make_inputs,
     random_douts,
     run,
-)  # fmt: skip
+)
 from tests.tolerances import GRADIENT, OUTPUT, relative_error  # noqa: E402
 from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
 
