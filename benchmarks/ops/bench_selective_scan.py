@@ -1,7 +1,8 @@
 """selective_scan against the exponential floor. `python -m benchmarks.ops.bench_selective_scan --help`.
 
 The yardstick is exponentials, not bytes: a step of a channel takes dstate decays, and softplus (an exponential and a
-logarithm) and SiLU three more. Everything a Mamba block uses is on: D, z, delta_bias, softplus."""
+logarithm) and SiLU three more. The backward takes the decays again, and four (softplus, its slope, the gate's).
+Everything a Mamba block uses is on: D, z, delta_bias, softplus."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from benchmarks.shapes import GPU_LENGTHS, LENGTHS, LM
 from cobra_kernels import selective_scan
 
 SHAPES = {
+    "130m-train": (2, LM["130m"].d_inner, 512, LM["130m"].dstate),
     "130m-image": (1, LM["130m"].d_inner, LENGTHS["image"], LM["130m"].dstate),
     "cobra-3b-image": (1, LM["cobra-3b"].d_inner, LENGTHS["image"], LM["cobra-3b"].dstate),
     "cobra-3b-2k": (1, LM["cobra-3b"].d_inner, LENGTHS["2k"], LM["cobra-3b"].dstate),
@@ -27,14 +29,23 @@ GPU_SHAPES["cobra-3b-2k-batch-8"] = (8, *GPU_SHAPES["cobra-3b-2k"][1:])
 LAYOUTS = ("channel-last", "channel-first")
 
 
-def cost(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> Cost:
+def cost(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype, mode: str = "fwd") -> Cost:
     steps = batch * dim * seqlen
     size = 4 * steps + 2 * batch * dstate * seqlen  # u, delta, z, out; B, C
     states = (dim * dstate + 2 * dim + batch * dim * dstate) * 4  # A; D, delta_bias; last_state
-    return Cost(bytes=size * dtype.itemsize + states, flops=steps * (6 * dstate + 8), exps=steps * (dstate + 3))
+    forward = Cost(bytes=size * dtype.itemsize + states, flops=steps * (6 * dstate + 8), exps=steps * (dstate + 3))
+    if mode == "fwd":
+        return forward
+    size = 7 * steps + 4 * batch * dstate * seqlen  # u, delta, z, dout, du, ddelta, dz; B, C, dB, dC
+    saved = 2 * steps // 64 * dstate * 4  # states, written and read
+    return Cost(
+        bytes=forward.bytes + size * dtype.itemsize + 2 * states + saved,
+        flops=forward.flops + steps * (22 * dstate + 30),
+        exps=forward.exps + steps * (dstate + 4),
+    )
 
 
-def make_inputs(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype, layout: str, device: str, index: int) -> tuple:
+def make_inputs(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype, layout: str, device: str, index: int, train: bool = False) -> tuple:
     g = torch.Generator(device).manual_seed(index)
 
     def sequence(n: int, last: bool) -> torch.Tensor:  # (batch, n, seqlen)
@@ -46,11 +57,22 @@ def make_inputs(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dty
     B, C = (sequence(dstate, True) for _ in range(2))  # token-major, as x_proj leaves them
     A = -torch.arange(1, dstate + 1, device=device).float().repeat(dim, 1) * (0.5 + torch.rand(dim, 1, generator=g, device=device))
     D, delta_bias = torch.ones(dim, device=device), torch.rand(dim, generator=g, device=device) - 4.0
-    return u, delta, A, B, C, D, z, delta_bias
+    inputs = (u, delta, A, B, C, D, z, delta_bias)
+    return (*(t.requires_grad_() for t in inputs), sequence(dim, layout == "channel-last")) if train else inputs
 
 
 def ours(u, delta, A, B, C, D, z, delta_bias, *, backend=None):
     return selective_scan(u, delta, A, B, C, D, z, delta_bias, True, True, backend=backend)
+
+
+def trained(forward):
+    """Forward, and the gradients of all inputs through out."""
+
+    def call(*tensors, **kwargs):
+        *inputs, dout = tensors
+        return torch.autograd.grad(forward(*inputs, **kwargs)[0], inputs, dout)
+
+    return call
 
 
 def _discretised(u, delta, A, B, delta_bias):
@@ -92,22 +114,27 @@ def cpu_peers() -> list[Provider]:
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     gpu = args.device != "cpu"
-    for shape, (batch, dim, seqlen, dstate) in (GPU_SHAPES if gpu else SHAPES).items():
-        for layout in LAYOUTS:
-            for name in ("bf16",) if gpu else ("fp32", "bf16"):
-                dtype = DTYPES[name]
+    for mode in ("fwd", "fwd+bwd"):
+        for shape, (batch, dim, seqlen, dstate) in (GPU_SHAPES if gpu else SHAPES).items():
+            for layout in LAYOUTS:
+                for name in ("bf16",) if gpu else ("fp32", "bf16"):
+                    dtype, train = DTYPES[name], mode != "fwd"
 
-                def inputs(index: int, dims=(batch, dim, seqlen, dstate), dtype=dtype, layout=layout) -> tuple:
-                    return make_inputs(*dims, dtype, layout, args.device, index)
+                    def inputs(index: int, dims=(batch, dim, seqlen, dstate), dtype=dtype, layout=layout, train=train) -> tuple:
+                        return make_inputs(*dims, dtype, layout, args.device, index, train)
 
-                compared = layout == LAYOUTS[0] and name == "fp32"
-                providers = backend_providers("selective_scan", ours, ("cpu", "triton", "cuda"), args.device)  # the reference takes seconds
-                others = peers.selective_scan(inputs) if gpu else cpu_peers() if compared else []
-                yield Case(
-                    f"fwd {layout}", name, shape, {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": dstate},
-                    cost(batch, dim, seqlen, dstate, dtype), "exp", inputs, [*providers, *others],
-                    quick=gpu and shape == "cobra-3b-image" or shape == "cobra-3b-image" and not compared or shape == "130m-image" and compared,
-                )  # fmt: skip
+                    compared = layout == LAYOUTS[0] and name == "fp32"
+                    # The reference takes seconds.
+                    providers = backend_providers("selective_scan", trained(ours) if train else ours, ("cpu", "triton", "cuda"), args.device)
+                    others = cpu_peers() if compared and not gpu else peers.selective_scan(inputs) if gpu and not train else []
+                    if train:
+                        others = [Provider(other.name, trained(other.call)) for other in others]
+                    smallest = "130m-train" if train else "130m-image"
+                    yield Case(
+                        f"{mode} {layout}", name, shape, {"batch": batch, "dim": dim, "seqlen": seqlen, "dstate": dstate},
+                        cost(batch, dim, seqlen, dstate, dtype, mode), "exp", inputs, [*providers, *others],
+                        quick=gpu and shape == "cobra-3b-image" or shape == smallest and compared or shape == "cobra-3b-image" and not compared and not train,
+                    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
