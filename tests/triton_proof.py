@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
 
 def run_interpreted(module: str) -> str:
     """What `interpreted()` of a test module prints in a process with TRITON_INTERPRET=1: the variable is read at import."""
@@ -29,6 +31,14 @@ def interpreted_results(module: str) -> dict:
     for line in run_interpreted(module).splitlines():
         results.update(json.loads(line))
     return results
+
+
+def opchecked(op, arguments: tuple, tests: tuple[str, ...] = OPCHECK_TESTS) -> dict[str, list]:
+    """opcheck's tests of a Triton op, in the interpreter's process, as a result: test -> [it failed, 0], what it said if it did."""
+    import torch
+
+    outcome = torch.library.opcheck(op, arguments, test_utils=tests, raise_exception=False)
+    return {name: [0, 0] if said == "SUCCESS" else [1, 0, str(said)[-1500:]] for name, said in outcome.items()}
 
 
 def assert_no_spills(compiled, folder: Path, what: str) -> None:

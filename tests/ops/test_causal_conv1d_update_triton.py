@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from cobra_kernels.triton_utils import cross_compile  # noqa: E402
 from tests.ops.test_causal_conv1d_update import BF16, F16, F32, SEEN, Case, in_fp64, make_inputs, new_state, run  # noqa: E402
 from tests.tolerances import OUTPUT, relative_error  # noqa: E402
-from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
+from tests.triton_proof import assert_no_spills, interpreted_results, opchecked  # noqa: E402
 
 # Tiny: the interpreter runs each program in Python. On both sides of a tile: 256 channels of 4 columns, 256 columns.
 CASES = [
@@ -66,8 +66,20 @@ def interpreted() -> None:
     out = op(kwargs["x"], kwargs["conv_state"][:0], kwargs["weight"], kwargs["bias"], True, None, kwargs["conv_state_indices"])
     print(json.dumps({"empty pool": {"out": [float(out.abs().max()), 0.0]}}))
 
+    for name, case in OPCHECKS.items():
+        k = make_inputs(case)
+        print(json.dumps({name: opchecked(op.default, (*(k[n] for n in ("x", "conv_state", "weight", "bias")), True, k.get("cache_seqlens"),
+                                                       k.get("conv_state_indices")))}))  # fmt: skip
 
-EXTRA = [*(f"bits-{dtype}" for dtype in (F32, BF16, F16)), "clamped", "empty pool"]
+
+OPCHECKS = {
+    "opcheck": Case(dim=5),
+    "opcheck-steps-bf16": Case(dim=5, steps=3, dtype=BF16, layout="channel_last"),
+    "opcheck-circular": Case(dim=5, seen=SEEN),
+    "opcheck-pool": Case(dim=5, pool=(4, -1, 0)),
+    "opcheck-no-rows": Case(batch=0, dim=5),
+}
+EXTRA = [*OPCHECKS, *(f"bits-{dtype}" for dtype in (F32, BF16, F16)), "clamped", "empty pool"]
 
 
 @pytest.fixture(scope="module")

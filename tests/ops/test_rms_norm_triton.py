@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from cobra_kernels.triton_utils import cross_compile, merge_rows  # noqa: E402
 from tests.tolerances import GRADIENT, OUTPUT, relative_error  # noqa: E402
-from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
+from tests.triton_proof import assert_no_spills, interpreted_results, opchecked  # noqa: E402
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
@@ -29,6 +29,14 @@ CASES = {
     "sliced": ((2, 3, 4, 17), F32, F32, {"layout": "sliced"}),
     "expanded": ((3, 4, 16), F32, F32, {"layout": "expanded"}),
     "no-rows": ((0, 16), F32, F32, {}),
+}
+
+# id: shape, x dtype, residual dtype, bias and LayerNorm, layout.
+OPCHECKS = {
+    "opcheck": ((3, 17), F32, F32, False, "contiguous"),
+    "opcheck-layer-norm-bf16": ((2, 3, 8), BF16, None, True, "contiguous"),
+    "opcheck-transposed": ((3, 4, 5), F32, F32, True, "transposed"),
+    "opcheck-no-rows": ((0, 8), F16, F16, False, "contiguous"),
 }
 
 
@@ -65,6 +73,20 @@ def interpreted() -> None:
         names = ["y", "s", "dx", "dweight", "dbias", "dresidual"]
         print(json.dumps({name: {n: [relative_error(a, b), limit] for n, a, b, limit in zip(names, got, expected, limits)}}))
 
+    triton_kernel.MAX_BLOCK_FWD, triton_kernel.MAX_BLOCK_BWD = blocks
+    ops = torch.ops.cobra_kernels
+    for name, (shape, dtype, residual_dtype, full, layout) in OPCHECKS.items():
+        x, dy = (laid_out(torch.randn(shape).to(dtype), layout) for _ in range(2))
+        residual = None if residual_dtype is None else laid_out(torch.randn(shape).to(residual_dtype), layout)
+        weight, bias = torch.randn(shape[-1]).to(dtype), torch.randn(shape[-1]) if full else None
+        ds = None if residual is None else torch.randn_like(residual)
+        inputs = (x, weight, bias, residual)
+        results = {f"fwd {k}": v for k, v in opchecked(ops.rms_norm_fwd_triton.default, (*inputs, residual_dtype, 1e-5, not full)).items()}
+        results |= {f"bwd {k}": v for k, v in opchecked(ops.rms_norm_bwd_triton.default, (dy, ds, *inputs, 1e-5, not full)).items()}
+        leaves = [t if t is None else t.requires_grad_() for t in inputs]
+        results |= opchecked(ops.rms_norm.default, (*leaves, residual_dtype, 1e-5, not full, "triton"))
+        print(json.dumps({name: results}))
+
 
 @pytest.fixture(scope="module")
 def errors():
@@ -72,7 +94,7 @@ def errors():
     return interpreted_results(__name__)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *OPCHECKS])
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"

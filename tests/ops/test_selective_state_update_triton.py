@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 
 import pytest
@@ -14,7 +15,7 @@ from cobra_kernels import selective_state_update  # noqa: E402
 from cobra_kernels.triton_utils import cross_compile  # noqa: E402
 from tests.ops.test_selective_state_update import BF16, F16, F32, Case, in_fp64, make_inputs, run  # noqa: E402
 from tests.tolerances import OUTPUT, relative_error  # noqa: E402
-from tests.triton_proof import assert_no_spills, interpreted_results  # noqa: E402
+from tests.triton_proof import OPCHECK_TESTS, assert_no_spills, interpreted_results, opchecked  # noqa: E402
 
 # Tiny: the interpreter runs each program in Python. On both sides of a block of channels (64 at 16 states) and of states (128).
 CASES = [
@@ -34,6 +35,13 @@ CASES = [
     Case(batch=0),
     Case(dim=0),
 ]
+OPCHECKS = {
+    "opcheck": Case(dim=9),
+    "opcheck-heads": Case(heads=4, dim=3, groups=2, dtype=BF16, dstate=3),
+    "opcheck-bare": Case(dim=5, D=False, z=False, dt_bias=False, layout="transposed"),
+    "opcheck-pool": Case(dim=5, indices=torch.int32),
+    "opcheck-no-rows": Case(batch=0, dim=5),
+}
 
 
 def limit_of(got: torch.Tensor, expected: torch.Tensor) -> float:
@@ -82,6 +90,12 @@ def interpreted() -> None:
     expected = torch.where(wide > 20, wide, torch.log1p(torch.exp(wide)))
     print(json.dumps({"softplus": {"worst": [((step - expected).abs() / expected.clamp(min=1e-37)).max().item(), 6e-7]}}))
 
+    for name, case in OPCHECKS.items():
+        # Which rows of a pool are live is data, so a dynamic trace of random indices cannot be replayed.
+        tests = OPCHECK_TESTS if case.indices is None else OPCHECK_TESTS[:3]
+        op = torch.ops.cobra_kernels.selective_state_update_fwd_triton.default
+        print(json.dumps({name: opchecked(op, tuple(make_inputs(case).values()), tests)}))
+
 
 @pytest.fixture(scope="module")
 def errors():
@@ -89,7 +103,7 @@ def errors():
     return interpreted_results(__name__)
 
 
-@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "wild indices", "far rows", "softplus"])
+@pytest.mark.parametrize("case", [*(case.id for case in CASES), "padding", "wild indices", "far rows", "softplus", *OPCHECKS])
 def test_interpreter(errors, case):
     wrong = {name: pair for name, pair in errors[case].items() if not pair[0] <= pair[1]}
     assert not wrong, f"result: [relative error, limit]: {wrong}"
@@ -132,3 +146,15 @@ def test_cross_compiled_without_spills(state_dtype, dim, dstate, flags, capabili
     function, arguments, warps = signature(state_dtype, dim, dstate, flags)
     compiled = cross_compile(function, arguments, capability, warps)
     assert_no_spills(compiled, tmp_path, f"the kernel on sm_{capability}")
+
+
+@pytest.mark.parametrize("state_dtype, bytes_each", [("*fp32", 4), ("*bf16", 2)])
+def test_states_move_16_bytes_at_a_time(state_dtype, bytes_each):
+    """Mamba-1's decode step as a launch specialises it: every state and A of a thread's 8, nothing of them in smaller pieces."""
+    function, arguments, warps = signature(state_dtype, 5120, 16, True)
+    divisible = [name for name, kind in arguments if isinstance(kind, str)]  # aligned pointers; sizes and strides are multiples of 16
+    ptx = cross_compile(function, arguments, 90, warps, divisible).asm["ptx"]
+    loads, stores = (re.findall(rf"{kind}\.global\S*\.v4\.b32", ptx) for kind in ("ld", "st"))
+    assert len(stores) == 8 * bytes_each // 16, ptx
+    assert len(loads) >= 8 * (bytes_each + 4) // 16, ptx
+    assert not re.search(r"st\.global\S*\.b32", ptx.replace(".v4.b32", "")), "states are stored in words"
