@@ -44,6 +44,9 @@ sanitize: setup  ## CPU and CUDA kernels on a CPU under ASan, UBSan and TSan
 	$(PY) csrc/build.py asan tsan
 	$(PY) tests/simt/run_sanitized.py
 
+mutate: setup  ## seeded faults, one at a time: does the suite notice? [ONLY=pattern] [KEEP=1] [RECORD=1] (25 minutes; resumes)
+	@$(PY) tests/mutation/run.py $(if $(ONLY),--only '$(ONLY)') $(if $(KEEP),--keep) $(if $(RECORD),--record)
+
 nvcc-check: setup  ## every CUDA kernel for every architecture against csrc/nvcc_table.tsv; zero spills [ROOM=<op>] [UPDATE=1] [ARCHS="80 90a"]
 	@ARCHS="$(ARCHS)" ROOM="$(ROOM)" UPDATE="$(UPDATE)" $(PY) csrc/build.py nvcc-check
 
@@ -78,4 +81,4 @@ gpu-profile:  ## CUDA machine: KERNEL=<name>: issue slots, MUFU, DRAM, L2 of one
 clean:  ## remove what was built (not the virtual environment)
 	rm -rf build out dist *.egg-info cobra/*.egg-info cobra_kernels/_C.abi3.so
 
-.PHONY: help setup demo test bench room sanitize nvcc-check sass wheel lint gpu gpu-test gpu-bench gpu-sanitize gpu-profile clean
+.PHONY: help setup demo test bench room sanitize mutate nvcc-check sass wheel lint gpu gpu-test gpu-bench gpu-sanitize gpu-profile clean
