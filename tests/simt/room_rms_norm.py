@@ -57,6 +57,7 @@ CASES = [
       for d, w, r, s in (("bf16", "fp32", "fp32", "fp32"), ("bf16", "fp16", "bf16", "bf16"), ("fp16", "bf16", "fp16", None),
                          ("fp32", "bf16", "fp16", "bf16"), ("fp32", "fp16", None, None))),
     *(Case(residual_dtype=None, s_dtype=s, dtype="bf16") for s in (None, "fp32")),
+    *(Case(shape=(3, 129), residual_dtype=None, s_dtype=s) for s in (None, "fp32")),
     *(Case(shape=(3, 5, dim), layout=x, dtype=d) for x in harness.LAYOUTS[1:] for dim, d in ((33, "fp32"), (64, "bf16"))),
     *(Case(shape=(23, dim), max_grid_x=most) for dim, most in ((40, 3), (41, 3), (2048, 12))),
 ]  # fmt: skip
