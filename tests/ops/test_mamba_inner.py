@@ -592,6 +592,26 @@ def test_autocast_casts_the_operands_of_the_products_only(backend):
         assert_close(leaf.grad, others[name].grad, 3 * OUTPUT[BF16], name)
 
 
+@pytest.mark.parametrize("backend", KERNELS)  # the reference's backward is torch's own
+def test_a_backward_inside_autocast_stays_in_fp32(backend):
+    inputs = make_inputs(Case())
+    expected = run(inputs, backend)
+    leaves = {k: v.detach().requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    loss = weighted(mamba_inner(**{**inputs, **leaves}, backend=backend))
+    with torch.autocast("cpu", dtype=BF16):
+        loss.backward()
+    assert all(torch.equal(leaf.grad, expected[f"d{name}"]) for name, leaf in leaves.items())
+
+
+@NO_KERNELS
+def test_a_bias_gradient_is_summed_in_fp32_and_rounded_once():
+    inputs = make_inputs(Case(dtype=BF16, seqlen=129))
+    inputs["out_proj_bias"].requires_grad_()
+    dout = torch.randn(2, 129, 8, generator=torch.Generator().manual_seed(4)).bfloat16()
+    mamba_inner(**inputs, backend="cpu")[0].backward(dout)
+    assert torch.equal(inputs["out_proj_bias"].grad, dout.sum((0, 1), dtype=F32).bfloat16())
+
+
 @every_backend
 def test_fp64_ignores_autocast(backend):
     inputs = make_inputs(Case(dtype=F64))
