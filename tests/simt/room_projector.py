@@ -172,7 +172,7 @@ GELUS = [
     *(Gelu(lead=(5, 6), layout=x, sums=s, bias_dtype="" if s else None, cols=c, dtype=d)
       for x in ("padded", "transposed", "sliced", "unaligned", "strided", "expanded") for s, c, d in ((False, 24, "bf16"), (True, 33, "fp32"))),
     Gelu(sums=False, bias_dtype=None, dz_dtype=None),
-    *(Gelu(lead=(70,), cols=c, max_grid_x=2) for c in (40, 41)),
+    *(Gelu(lead=(70,), cols=c, max_grid_x=2) for c in (40, 41, 200)),
 ]  # fmt: skip
 POOLS = [
     Pool(),
