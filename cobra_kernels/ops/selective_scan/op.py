@@ -179,7 +179,7 @@ def _real(reason):
 BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
     "cpu": Backend(_real(cpu_reason), gradients="kernel"),
-    "triton": Backend(_real(triton_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "triton": Backend(_real(triton_reason), gradients="kernel"),
     "cuda": Backend(_real(cuda_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
 }
 
@@ -230,7 +230,14 @@ def _fwd_states_triton(*arguments):
     from . import triton_kernel
 
     count(OP, "triton")
-    return *triton_kernel.selective_scan_fwd(*arguments), _fwd_states_fake(*arguments)[2].zero_()
+    return triton_kernel.selective_scan_fwd(*arguments, state_slots=state_slots(arguments[0], arguments[-1]))
+
+
+def _bwd_triton(*arguments):
+    from . import triton_kernel
+
+    count("selective_scan_bwd", "triton")
+    return triton_kernel.selective_scan_bwd(*arguments)
 
 
 # fwd_states also returns what the backward starts from: (batch, slots, dstate, dim) in the compute dtype, the state before every
@@ -253,7 +260,7 @@ def _bwd_reference(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta
 implement("selective_scan_bwd", _bwd_reference, "CompositeExplicitAutograd")
 implement("selective_scan_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
 implement("selective_scan_fwd_states_triton", _fwd_states_triton, "CompositeExplicitAutograd")
-implement("selective_scan_bwd_triton", _bwd_reference, "CompositeExplicitAutograd")
+implement("selective_scan_bwd_triton", _bwd_triton, "CompositeExplicitAutograd")
 
 
 def _table(op: str) -> dict:
