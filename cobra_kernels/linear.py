@@ -25,6 +25,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(x, weight, bias)
+    return _product(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # A weight with gaps between its rows (columns of a wider matrix) would fall to oneDNN's plain loops, hundreds of times slower.
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()
     return _onednn(x, weight, bias, "none", [], "")
 
 
@@ -34,7 +41,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return _onednn(x, weight, bias, "none", [], "")
+        return _product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy):

@@ -80,6 +80,20 @@ def test_stays_with_torch_where_it_must(calls):
         assert len(calls) == 1
 
 
+@torch.no_grad()
+def test_a_weight_with_gaps_is_made_dense(monkeypatch):
+    """oneDNN has fast products for dense weights, transposed or not, and plain loops for all others."""
+    seen = []
+    monkeypatch.setattr(module, "_onednn", lambda x, w, *rest: seen.append((w.data_ptr(), w.stride())) or F.linear(x, w))
+    monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
+    x, wide = torch.randn(5, 24), torch.randn(24, 80)
+    for weight, copied in ((wide.t(), False), (wide.t().contiguous(), False), (wide[:, :48].t(), True), (torch.randn(9, 30)[:, :24], True)):
+        assert_close(linear(x, weight), x @ weight.t(), GEMM)
+        pointer, strides = seen.pop()
+        assert (pointer != weight.data_ptr()) == copied and min(strides) == 1 and max(strides) in weight.shape
+    assert not seen
+
+
 @pytest.mark.parametrize("shape", [(1, 7), (65, 33), (2, 19, 48)], ids=str)
 @pytest.mark.parametrize("wanted", ["xwb", "x", "w", "b", "xw"])
 def test_gradients_equal_torchs_for_any_layout(calls, shape, wanted):
