@@ -233,7 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) {
 }
 
 #if defined(COBRA_WITH_CUDA)
-CallCounter fwd_cuda_calls("selective_scan", "cuda");
+CallCounter fwd_cuda_calls("selective_scan", "cuda"), bwd_cuda_calls("selective_scan_bwd", "cuda");
 
 // The line's workspace: zeroed once per stream and left zeroed by every launch, so that no call pays for it. A captured launch gets one
 // of its own, zeroed inside the graph: the graph may run next to the stream that it was captured from.
@@ -274,7 +274,34 @@ ForwardResult fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, co
   return {call.out, call.last_state};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) { m.impl("selective_scan_fwd", TORCH_BOX(&fwd_cuda)); }
+StatesResult fwd_states_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
+                             const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  const char* const op = "selective_scan_fwd_states";
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  refuse_fp64(op, u);
+  Forward call(op, true, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
+  run_forward(op, call, u);
+  return {call.out, call.last_state, call.states};
+}
+
+BackwardResult bwd_cuda(const OptionalTensor& dout, const OptionalTensor& dlast_state, const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C,
+                        const OptionalTensor& D, const OptionalTensor& z, const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state,
+                        const OptionalTensor& cu_seqlens, const Tensor& states) {
+  const char* const op = "selective_scan_bwd";
+  const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
+  refuse_fp64(op, u);
+  Backward call(op, &selective_scan_bwd_workspace_cuda, gpu_multiprocessors(), dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens,
+                states);
+  check_launch(selective_scan_bwd_cuda(call.p, current_stream(u, op)), op);
+  bwd_cuda_calls.add();
+  return {call.du, call.ddelta, call.dA, call.dB, call.dC, call.dD, call.dz, call.ddelta_bias, call.dinitial_state};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CUDA, m) {
+  m.impl("selective_scan_fwd", TORCH_BOX(&fwd_cuda));
+  m.impl("selective_scan_fwd_states", TORCH_BOX(&fwd_states_cuda));
+  m.impl("selective_scan_bwd", TORCH_BOX(&bwd_cuda));
+}
 #endif
 
 }  // namespace

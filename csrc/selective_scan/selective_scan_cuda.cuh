@@ -22,7 +22,7 @@ struct Sequence {
 
 // Row r of the states: batch row r, or packed sequence r. Row num_seqs of a packed call is its padding, which has no state.
 // Boundaries are clamped, so a bad one gives wrong numbers, never an access outside a tensor.
-__device__ __forceinline__ Sequence sequence_of(const SelectiveScanFwdParams& p, int64_t row) {
+__device__ __forceinline__ Sequence sequence_of(const SelectiveScanInputs& p, int64_t row) {
   if (!p.cu_seqlens) return {row, 0, p.seqlen};
   const auto boundary = [&](int64_t i) {
     const int64_t at = i * p.cu_seqlens_stride;
@@ -35,15 +35,15 @@ __device__ __forceinline__ Sequence sequence_of(const SelectiveScanFwdParams& p,
 }
 
 // Rows of work: batch rows, or packed sequences and their padding.
-inline int64_t sequence_count(const SelectiveScanFwdParams& p) { return p.cu_seqlens ? p.num_seqs + 1 : p.batch; }
+inline int64_t sequence_count(const SelectiveScanInputs& p) { return p.cu_seqlens ? p.num_seqs + 1 : p.batch; }
 
 // exp(dt A) = 2^(dt rate). Finite below, so that a step of dt = 0 keeps the state whatever A is.
-__device__ __forceinline__ float decay_rate(const SelectiveScanFwdParams& p, int64_t channel, int64_t state) {
+__device__ __forceinline__ float decay_rate(const SelectiveScanInputs& p, int64_t channel, int64_t state) {
   const float rate = load_float(p.A, p.A_dtype, channel * p.A_stride.dim + state * p.A_stride.state) * kLog2e;
   return rate < -3.4e38f ? -3.4e38f : rate;
 }
 
-__device__ __forceinline__ float initial_state(const SelectiveScanFwdParams& p, int64_t row, int64_t channel, int64_t state) {
+__device__ __forceinline__ float initial_state(const SelectiveScanInputs& p, int64_t row, int64_t channel, int64_t state) {
   if (!p.initial_state) return 0.f;
   const ScanStateStride& s = p.initial_state_stride;
   return load_float(p.initial_state, p.initial_state_dtype, row * s.row + channel * s.dim + state * s.state);

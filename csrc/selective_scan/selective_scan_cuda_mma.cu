@@ -214,6 +214,17 @@ __device__ __forceinline__ void serve(const SelectiveScanFwdParams& p, Shared& s
 
 // --- compute ----------------------------------------------------------------------------------------------------------
 
+// h of a lane before a tile, if it is the first of a chunk: for the backward.
+template <class State>
+__device__ __forceinline__ void save_state(const SelectiveScanFwdParams& p, const Work& work, int tile, int c, const float (&h)[4], State&& state) {
+  const Sequence whole = sequence_of(p, work.row);
+  const int64_t step = work.sequence.begin - whole.begin + int64_t(tile) * kTile, channel = work.channel + c;
+  if (step % kStateChunk || channel >= p.dim) return;
+  float* const saved = static_cast<float*>(p.states) + (whole.batch * state_slots(p) + state_slot(p, whole.begin, work.row) + step / kStateChunk) * kStates * p.dim + channel;
+#pragma unroll
+  for (int n = 0; n < 4; ++n) saved[state(n) * p.dim] = h[n];
+}
+
 __device__ __forceinline__ void compute(const SelectiveScanFwdParams& p, Shared& shared) {
   const int thread = int(threadIdx.x), lane = thread % 32, q = lane % 4, c = thread / 4;
   const auto state = [q](int n) { return 2 * q + n % 2 + n / 2 * 8; };
@@ -288,7 +299,9 @@ __device__ __forceinline__ void compute(const SelectiveScanFwdParams& p, Shared&
   int tile = 0, buffer = 0, step_on = 0;
   ReadyTile* ready = shared.ready;
   int irregular = -1, next_irregular = -1;  // compared only when the tile's turn comes: the loads have long arrived
+  static_assert(kStateChunk % kTile == 0);
   const auto begin = [&] {
+    if (p.states) save_state(p, shared.work, tile, c, h, state);
     step_on = 0;
     if (tile + 1 < tiles) {
       step_on = buffer == kReady - 1 ? 1 - kReady : 1;
