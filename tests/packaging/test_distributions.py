@@ -64,6 +64,11 @@ assert {tree!r} not in cobra_kernels.__file__, cobra_kernels.__file__
 y = rms_norm(torch.randn(3, 40), torch.ones(40))
 print("backends", cobra_kernels.backends())
 print("ran", cobra_kernels.call_counts())
+
+import cobra_kernels.compat, importlib.metadata
+cobra_kernels.compat.install()
+import causal_conv1d, mamba_ssm
+assert {tree!r} not in mamba_ssm.__file__ and importlib.metadata.version("mamba_ssm") == mamba_ssm.__version__
 """
 
 

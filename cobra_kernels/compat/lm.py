@@ -1,0 +1,127 @@
+"""The language model as mamba_ssm's callers build, load and save it; all arithmetic is that of cobra_kernels.modules.lm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cobra_kernels import errors
+from cobra_kernels.modules import lm
+from cobra_kernels.modules.lm import MambaConfig
+
+from .generation import GenerationMixin
+
+CONFIG, WEIGHTS, SAFE_WEIGHTS = "config.json", "pytorch_model.bin", "model.safetensors"
+
+
+def _config(d_model, n_layer, vocab_size, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, **options) -> MambaConfig:
+    """Refuses what is not Mamba-1 through the checks of MambaConfig.from_dict."""
+    values = {"d_model": d_model, "n_layer": n_layer, "vocab_size": vocab_size, "ssm_cfg": dict(ssm_cfg or {}), "pad_vocab_size_multiple": 1}
+    return MambaConfig.from_dict({**values, **options, "d_intermediate": d_intermediate, "attn_layer_idx": attn_layer_idx, "attn_cfg": attn_cfg})
+
+
+def create_block(
+    d_model, d_intermediate=0, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-5, rms_norm=False, residual_in_fp32=False,
+    fused_add_norm=False, layer_idx=None, device=None, dtype=None,
+):  # fmt: skip
+    """A block of mamba_ssm 2.x's signature. By keyword, as both versions call it, it serves 1.x too."""
+    config = _config(
+        d_model, 1, 1, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon=norm_epsilon, rms_norm=rms_norm,
+        residual_in_fp32=residual_in_fp32, fused_add_norm=fused_add_norm,
+    )  # fmt: skip
+    block = lm.create_block(config, layer_idx, device, dtype)
+    block.layer_idx = layer_idx
+    return block
+
+
+class MixerModel(lm.MixerModel):
+    """mamba_ssm's constructor, of 1.x (d_model, n_layer, vocab_size, ..) and of 2.x (d_model, n_layer, d_intermediate, vocab_size, ..)."""
+
+    def __init__(
+        self, d_model, n_layer, d_intermediate=0, vocab_size=None, ssm_cfg=None, attn_layer_idx=None, attn_cfg=None, norm_epsilon=1e-5,
+        rms_norm=False, initializer_cfg=None, fused_add_norm=False, residual_in_fp32=False, device=None, dtype=None,
+    ):  # fmt: skip
+        if vocab_size is None:  # 1.x, by position
+            d_intermediate, vocab_size = 0, d_intermediate
+        config = _config(
+            d_model, n_layer, vocab_size, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, norm_epsilon=norm_epsilon, rms_norm=rms_norm,
+            residual_in_fp32=residual_in_fp32, fused_add_norm=fused_add_norm,
+        )  # fmt: skip
+        super().__init__(config, initializer_cfg, device, dtype)
+
+
+class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
+    """The language model with mamba_ssm's from_pretrained, save_pretrained and generate."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name: str | Path, device=None, dtype: torch.dtype | None = None, **kwargs) -> MambaLMHeadModel:
+        """A model of a folder with config.json and pytorch_model.bin or model.safetensors, or of such a repository's name.
+
+        Weights are read without running any code of the file. Raises ArgumentError for a bad config, wrong or missing keys.
+        """
+        config = MambaConfig.from_dict(load_config_hf(pretrained_model_name))
+        model = cls(config, device="meta", dtype=dtype, **kwargs)
+        weights = load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype)
+        if config.tie_embeddings:
+            weights.setdefault("lm_head.weight", weights.get("backbone.embedding.weight"))
+        _check_weights(model, weights, pretrained_model_name)
+        model.load_state_dict(weights, assign=True)
+        model.tie_weights()
+        return model.to(device) if device is not None else model
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """config.json and pytorch_model.bin, as mamba_ssm writes and reads them."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps(vars(self.config), indent=4))
+
+
+def _check_weights(model, weights: dict[str, torch.Tensor], source) -> None:
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in expected if name not in weights]
+    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(t.shape)}, expected {expected[name]}" for name, t in weights.items() if name in expected and tuple(t.shape) != expected[name]
+    ]
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise errors.ArgumentError(f"from_pretrained: {source} does not fit its config: {'; '.join(problems[:10])}{more}")
+
+
+def load_config_hf(model_name: str | Path) -> dict[str, Any]:
+    """The dictionary in config.json."""
+    return json.loads(_file(model_name, CONFIG).read_text())
+
+
+def load_state_dict_hf(model_name: str | Path, device=None, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    """The weights by name, on `device`, float tensors in `dtype` if given (A_log, D and dt_proj.bias as they are)."""
+    safe = _file(model_name, SAFE_WEIGHTS, missing_ok=True)
+    if safe is not None:
+        from safetensors.torch import load_file
+
+        weights = load_file(safe)
+    else:
+        weights = torch.load(_file(model_name, WEIGHTS), map_location="cpu", weights_only=True, mmap=True)
+    kept = ("A_log", ".D", "dt_proj.bias")
+    return {name: t.to(device=device, dtype=None if name.endswith(kept) else dtype) for name, t in weights.items()}
+
+
+def _file(model_name: str | Path, name: str, missing_ok: bool = False) -> Path | None:
+    """A file of a folder, or of a repository through transformers: its cache, or the network where that is allowed."""
+    if Path(model_name).is_dir():
+        path = Path(model_name) / name
+        if path.is_file():
+            return path
+        if missing_ok:
+            return None
+        raise errors.ArgumentError(f"from_pretrained: {model_name} has no {name}, expected it next to the other files")
+    try:
+        from transformers.utils import cached_file
+    except ImportError as error:
+        raise errors.ArgumentError(f"from_pretrained: {model_name} is no folder, and transformers, which fetches repositories, is not installed") from error
+    found = cached_file(str(model_name), name, _raise_exceptions_for_missing_entries=not missing_ok)
+    return None if found is None else Path(found)

@@ -1,0 +1,8 @@
+"""The language model: the very classes of cobra_kernels.modules, with upstream's way to build a block."""
+
+from __future__ import annotations
+
+from cobra_kernels.compat.lm import MambaLMHeadModel, MixerModel, create_block
+from cobra_kernels.modules.lm import _init_weights
+
+__all__ = ["MambaLMHeadModel", "MixerModel", "_init_weights", "create_block"]

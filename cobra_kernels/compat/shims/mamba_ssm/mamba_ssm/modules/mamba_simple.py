@@ -1,0 +1,5 @@
+"""The Mamba block: the very classes of cobra_kernels.modules."""
+
+from cobra_kernels.modules.mamba import Block, Mamba
+
+__all__ = ["Block", "Mamba"]

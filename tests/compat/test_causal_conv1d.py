@@ -1,0 +1,131 @@
+"""causal_conv1d's names on our kernels, against its references in plain torch, in every historic call form."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from tests.tolerances import GRADIENT, OUTPUT, assert_close
+
+pytestmark = pytest.mark.usefixtures("shims")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def inputs(dtype=torch.float32, batch=2, dim=10, seqlen=17, width=4, channel_last=False):
+    g = torch.Generator().manual_seed(seqlen * 10 + width)
+    x = torch.randn(batch, seqlen, dim, generator=g).to(dtype).transpose(1, 2) if channel_last else torch.randn(batch, dim, seqlen, generator=g).to(dtype)
+    return x, torch.randn(dim, width, generator=g), torch.randn(dim, generator=g), torch.randn(batch, dim, width - 1, generator=g).to(dtype)
+
+
+def expected(x, weight, bias, initial_states=None, **options):
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref
+
+    return causal_conv1d_ref(x.double(), weight.double(), bias.double(), None if initial_states is None else initial_states.double(), **options)
+
+
+@pytest.mark.parametrize("channel_last", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 2, 3, 7, 16, 129])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_and_states(dtype, seqlen, channel_last):
+    from causal_conv1d import causal_conv1d_fn
+
+    x, weight, bias, initial = inputs(dtype, seqlen=seqlen, channel_last=channel_last)
+    out, final = causal_conv1d_fn(x, weight, bias, initial_states=initial, return_final_states=True, activation="silu")
+    want, want_final = expected(x, weight, bias, initial, return_final_states=True, activation="silu")
+    assert out.dtype == final.dtype == dtype
+    assert_close(out, want, OUTPUT[dtype])
+    assert torch.equal(final.double(), want_final)
+
+
+def test_update_shifts_and_turns():
+    from causal_conv1d import causal_conv1d_update
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_update_ref
+
+    x, weight, bias, _ = inputs(seqlen=3)
+    for cache_seqlens in (None, torch.tensor([2, 7], dtype=torch.int32)):
+        state = torch.randn(2, 10, 5, generator=torch.Generator().manual_seed(5))
+        wide = state.double()
+        out = causal_conv1d_update(x, state, weight, bias, "silu", cache_seqlens)
+        assert_close(out, causal_conv1d_update_ref(x.double(), wide, weight.double(), bias.double(), "silu", cache_seqlens), OUTPUT[x.dtype])
+        assert torch.equal(state.double(), wide)
+
+
+def test_the_three_forms_of_the_raw_forward():
+    raw = importlib.import_module("causal_conv1d_cuda")
+    x, weight, bias, initial = inputs()
+    want = expected(x, weight, bias, initial, activation="silu")
+    plain = expected(x, weight, bias, activation="silu")
+    assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, True), plain, 1e-6)
+    assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, None, None, True), plain, 1e-6)
+    assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, initial, None, True), want, 1e-6)
+    out, final = torch.empty_like(x), torch.empty_like(initial)
+    assert raw.causal_conv1d_fwd(x, weight, bias, None, initial, out, final, True) is None
+    assert_close(out, want, 1e-6)
+    assert torch.equal(final, x[..., -3:])
+    with pytest.raises(ValueError, match="6 arguments, expected 5"):
+        raw.causal_conv1d_fwd(x, weight, bias, None, None, True)
+
+
+def test_the_three_forms_of_the_raw_backward():
+    raw = importlib.import_module("causal_conv1d_cuda")
+    x, weight, bias, initial = inputs()
+    dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias, initial)]
+    want = torch.autograd.grad(expected(*leaves, activation="silu"), leaves, dout.double())
+    without = [t.double().requires_grad_() for t in (x, weight, bias)]
+    plain = torch.autograd.grad(expected(*without, activation="silu"), without, dout.double())
+
+    def same(got, wanted):
+        for g, w in zip(got, wanted, strict=True):
+            assert_close(g, w, GRADIENT[torch.float32])
+
+    same(raw.causal_conv1d_bwd(x, weight, bias, dout, None, None, True), plain)
+    dx = torch.empty_like(x)
+    got = raw.causal_conv1d_bwd(x, weight, bias, dout, None, initial, None, dx, True, True)
+    same(got, want)
+    assert got[0] is dx
+    assert raw.causal_conv1d_bwd(x, weight, bias, dout, None, initial, None, None, False, True)[3] is None
+    written = [torch.empty_like(t) for t in (x, weight, bias, initial)]
+    assert raw.causal_conv1d_bwd(x, weight, bias, dout, None, initial, None, *written, True) is None
+    same(written, want)
+
+
+def test_the_forms_of_the_raw_update():
+    raw = importlib.import_module("causal_conv1d_cuda")
+    x, weight, bias, _ = inputs(seqlen=1)
+    x = x[..., 0]
+    start = torch.randn(2, 10, 4, generator=torch.Generator().manual_seed(5))
+    results = []
+    for form in range(4):
+        state, out = start.clone(), torch.empty_like(x)
+        arguments = [(x, state, weight, bias, True), (x, state, weight, bias, True, None), (x, state, weight, bias, True, None, None),
+                     (x, state, weight, bias, out, True, None, None)][form]  # fmt: skip
+        returned = raw.causal_conv1d_update(*arguments)
+        results.append((out if form == 3 else returned, state))
+        assert form != 3 or returned is None
+    for out, state in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(state, results[0][1])
+    assert not torch.equal(results[0][1], start)
+
+
+def test_functions_that_mamba_ssm_calls():
+    from causal_conv1d.cpp_functions import causal_conv1d_bwd_function, causal_conv1d_fwd_function, causal_conv1d_update_function
+
+    x, weight, bias, _ = inputs()
+    assert_close(causal_conv1d_fwd_function(x, weight, bias, None, None, None, True), expected(x, weight, bias, activation="silu"), 1e-6)
+    dx, dweight, dbias, dinitial = causal_conv1d_bwd_function(x, weight, bias, torch.ones_like(x), None, None, None, None, False, False)
+    assert_close(dbias, torch.full_like(bias, x.shape[0] * x.shape[2]), 1e-6)
+    assert dinitial is None and dx.shape == x.shape and dweight.shape == weight.shape
+    state = torch.zeros(2, 10, 4)
+    assert causal_conv1d_update_function(x[..., 0], state, weight, bias, True).shape == (2, 10)
+
+
+@pytest.mark.parametrize("state_len", [1, 3, 4, 9])
+def test_varlen_states(state_len):
+    from causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states, causal_conv1d_varlen_states_ref
+
+    x = torch.randn(12, 5)
+    cu_seqlens = torch.tensor([0, 0, 1, 6, 12], dtype=torch.int32)
+    assert torch.equal(causal_conv1d_varlen_states(x, cu_seqlens, state_len), causal_conv1d_varlen_states_ref(x, cu_seqlens, state_len))

@@ -1,0 +1,153 @@
+"""install() and uninstall(): what they put where, what they leave alone, and code that is run under them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import cobra_kernels
+from cobra_kernels import compat
+from cobra_kernels.compat.install import SHIMS
+
+PACKAGES = ("mamba_ssm", "causal_conv1d")
+MODULES = """
+mamba_ssm mamba_ssm.ops mamba_ssm.ops.selective_scan_interface mamba_ssm.ops.triton mamba_ssm.ops.triton.selective_state_update
+mamba_ssm.ops.triton.layernorm mamba_ssm.ops.triton.layer_norm mamba_ssm.ops.triton.ssd_combined mamba_ssm.ops.triton.layernorm_gated
+mamba_ssm.modules mamba_ssm.modules.mamba_simple mamba_ssm.modules.block mamba_ssm.modules.mamba2 mamba_ssm.modules.mamba3
+mamba_ssm.models mamba_ssm.models.mixer_seq_simple mamba_ssm.models.config_mamba mamba_ssm.utils mamba_ssm.utils.generation
+mamba_ssm.utils.hf selective_scan_cuda causal_conv1d causal_conv1d.causal_conv1d_interface causal_conv1d.causal_conv1d_varlen
+causal_conv1d.cpp_functions causal_conv1d_cuda
+""".split()
+
+
+def state():
+    names = [name for name in sys.modules if name.split(".")[0] in (*PACKAGES, "selective_scan_cuda", "causal_conv1d_cuda")]
+    return list(sys.path), os.environ.get("PYTHONPATH"), {name: sys.modules[name] for name in names}
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    before = state()
+    yield
+    compat.uninstall()
+    assert state() == before
+
+
+def run(code: str, *arguments: str, cwd=None) -> str:
+    """Standard output of a fresh interpreter; `-m` and scripts through `arguments`."""
+    done = subprocess.run([sys.executable, *(arguments or ("-c", code))], capture_output=True, text=True, cwd=cwd)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_real(name, shims):
+    module = importlib.import_module(name)
+    spec = importlib.util.find_spec(name)
+    assert module.__spec__.name == name and Path(spec.origin) == Path(module.__file__)
+    assert Path(module.__file__).is_relative_to(SHIMS)
+
+
+def test_what_it_finds_is_left_alone(tmp_path, monkeypatch):
+    """A package that is really installed stays, unless forced; uninstall() brings its modules back."""
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text("__version__ = 'real'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    real = importlib.import_module("mamba_ssm")
+    found = compat.install()
+    assert "the installed package" in found["mamba_ssm"] and "cobra_kernels" in found["causal_conv1d"]
+    assert compat.installed() == ("causal_conv1d",)
+    assert importlib.import_module("mamba_ssm") is real
+    assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
+
+    forced = compat.install(force=True)
+    assert "in place of" in forced["mamba_ssm"] and str(tmp_path) in forced["mamba_ssm"]
+    assert importlib.import_module("mamba_ssm").__version__.endswith("+cobra")
+    compat.uninstall()
+    assert importlib.import_module("mamba_ssm") is real
+    for name in ("mamba_ssm",):
+        del sys.modules[name]
+
+
+def test_again_changes_nothing():
+    first = compat.install()
+    path = list(sys.path)
+    module = importlib.import_module("mamba_ssm")
+    second = compat.install()
+    assert sys.path == path and importlib.import_module("mamba_ssm") is module
+    assert first.keys() == second.keys() == set(PACKAGES)
+
+
+def test_from_many_threads():
+    threads = [threading.Thread(target=compat.install) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [entry for entry in sys.path if "shims" in entry] == [str(SHIMS / package) for package in PACKAGES]
+
+
+def test_versions_and_metadata(shims):
+    for package, distribution in (("mamba_ssm", "mamba-ssm"), ("causal_conv1d", "causal-conv1d")):
+        version = importlib.import_module(package).__version__
+        assert importlib.metadata.version(distribution) == version and version.endswith("+cobra")
+        assert importlib.metadata.version(package) == version
+    from packaging.version import Version
+
+    assert Version(importlib.metadata.version("mamba_ssm")) > Version("2.0.4")
+    assert Version(importlib.metadata.version("causal_conv1d")) > Version("1.5.1")
+
+
+def test_in_subprocesses(shims):
+    assert "shims" in run("import mamba_ssm, causal_conv1d; print(mamba_ssm.__file__)")
+
+
+def test_absent_names_say_so_when_called(shims):
+    from mamba_ssm import Mamba2
+    from mamba_ssm.ops.triton.selective_state_update import _selective_scan_update_kernel
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    for call in (mamba_chunk_scan_combined, Mamba2, _selective_scan_update_kernel, lambda: _selective_scan_update_kernel[(1,)]):
+        with pytest.raises(NotImplementedError, match=r"mamba_ssm\.\S+ is not provided by cobra_kernels"):
+            call()
+
+
+SCRIPT = """
+import sys
+import torch
+from mamba_ssm import selective_scan_fn
+import cobra_kernels
+u = torch.randn(1, 4, 6)
+selective_scan_fn(u, u, -torch.rand(4, 2), torch.randn(1, 2, 6), torch.randn(1, 2, 6))
+print(__name__, sys.argv[1:], cobra_kernels.call_counts())
+"""
+
+
+def test_scripts_and_modules_need_no_edit(tmp_path):
+    (tmp_path / "foreign.py").write_text(SCRIPT)
+    script = run("", "-m", "cobra_kernels.compat", str(tmp_path / "foreign.py"), "--flag", "3")
+    module = run("", "-m", "cobra_kernels.compat", "-m", "foreign", "--flag", "3", cwd=tmp_path)
+    assert script == module
+    assert script.startswith("__main__ ['--flag', '3'] {('selective_scan', ")
+
+
+def test_the_command_line_explains_itself():
+    done = subprocess.run([sys.executable, "-m", "cobra_kernels.compat"], capture_output=True, text=True)
+    assert done.returncode == 2 and "SCRIPT ARGS" in done.stderr
+
+
+def test_counters_prove_it(shims):
+    import torch
+    from causal_conv1d import causal_conv1d_fn
+
+    cobra_kernels.reset_call_counts()
+    causal_conv1d_fn(torch.randn(1, 4, 6), torch.randn(4, 3))
+    assert sum(cobra_kernels.call_counts().values()) == 1

@@ -1,0 +1,179 @@
+"""Hugging Face transformers on our kernels: each family against its own torch path, logits, gradients, generation, padding, adapters."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import cobra_kernels
+from cobra_kernels import compat
+from tests.tolerances import relative_error
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+BASE = {"vocab_size": 50, "hidden_size": 32, "pad_token_id": 0, "eos_token_id": 2}
+ATTENTION = {"intermediate_size": 64, "num_attention_heads": 4}
+MAMBA1 = {
+    "Mamba": {"num_hidden_layers": 2, "state_size": 8},
+    "FalconMamba": {"num_hidden_layers": 2, "state_size": 8},
+    "Jamba": {"num_hidden_layers": 2, "mamba_d_state": 8, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+              "expert_layer_offset": 1, "num_key_value_heads": 2, **ATTENTION},
+    "Zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
+              "num_key_value_heads": 4, **ATTENTION},
+}  # fmt: skip
+MAMBA2 = {"Mamba2": {"num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}}
+every_family = pytest.mark.parametrize("family", [*MAMBA1, *MAMBA2])
+
+
+def make(family: str):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**BASE, **(MAMBA1 | MAMBA2)[family])
+    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(autouse=True)
+def undone():
+    yield
+    compat.undo()
+
+
+def tokens(rows=2, length=11):
+    return torch.randint(3, 50, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def padded(side: str):
+    """Rows of 11 and 6 tokens, and their mask."""
+    ids, mask = tokens(), torch.ones(2, 11, dtype=torch.long)
+    hidden = slice(0, 5) if side == "left" else slice(6, 11)
+    ids[1, hidden], mask[1, hidden] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def gradients(model, **inputs):
+    model.train().zero_grad()
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model.eval()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@every_family
+def test_logits_gradients_and_generation(family):
+    model, ids = make(family), {"input_ids": tokens(), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
+
+    def everything():
+        with torch.no_grad():
+            out = model(**ids).logits, model.generate(**ids, max_new_tokens=6, do_sample=False)
+        return *out, gradients(model, **ids)
+
+    logits, generated, grads = everything()
+    assert compat.apply_to_transformers(model)
+    cobra_kernels.reset_call_counts()
+    got_logits, got_generated, got_grads = everything()
+    counts = {op for op, _ in cobra_kernels.call_counts()}
+    assert counts >= {"causal_conv1d", "causal_conv1d_update", "selective_state_update", "causal_conv1d_bwd"}
+    assert family in MAMBA2 or counts >= {"selective_scan", "selective_scan_bwd"}
+    assert relative_error(got_logits, logits) <= 1e-5
+    assert torch.equal(got_generated, generated)
+    assert got_grads.keys() == grads.keys()
+    for name, want in grads.items():
+        assert relative_error(got_grads[name], want) <= 1e-4, name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@every_family
+def test_padding(family, side):
+    model, inputs = make(family), padded(side)
+    with torch.no_grad():
+        want = model(**inputs).logits
+        new = model.generate(**inputs, max_new_tokens=5, do_sample=False) if side == "left" else None
+        compat.apply_to_transformers(model)
+        assert relative_error(model(**inputs).logits, want) <= 1e-5
+        assert new is None or torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), new)
+
+
+@pytest.mark.parametrize("family", MAMBA1)
+def test_continuing_a_cache(family):
+    """transformers starts the recurrence again at a second prompt; with continue_from_cache every split is the whole."""
+    model, ids = make(family), tokens()
+    for name, p in model.named_parameters():
+        if any(part in name for part in ("in_proj", "x_proj", "out_proj")):
+            p.data.mul_(10)  # a fresh mixer adds next to nothing to what it is given
+    argument = "cache_params" if family.endswith("Mamba") else "past_key_values"
+
+    def in_two(at):
+        first = model(ids[:, :at], use_cache=True)
+        return torch.cat([first.logits, model(ids[:, at:], use_cache=True, **{argument: getattr(first, argument)}).logits], 1)
+
+    with torch.no_grad():
+        whole = model(ids).logits
+        assert relative_error(in_two(4), whole) > 1e-6  # the day this fails, the option has no use any more
+        done = compat.apply_to_transformers(model, continue_from_cache=True)
+        assert any(name.endswith("Mixer.forward") for name in done)
+        for at in range(1, 11):
+            assert relative_error(in_two(at), whole) <= 1e-5, f"split at {at}"
+
+
+def test_undo_and_again():
+    model = make("Mamba")
+    module = sys.modules["transformers.models.mamba.modeling_mamba"]
+    before = {name: getattr(module, name) for name in compat.transformers.FUNCTIONS if hasattr(module, name)}
+    forward = module.MambaMixer.forward
+    first = compat.apply_to_transformers(model, continue_from_cache=True)
+    assert len(first) == len(before) + 1
+    assert compat.apply_to_transformers(model, continue_from_cache=True) == []
+    compat.undo()
+    assert all(getattr(module, name) is value for name, value in before.items()) and module.MambaMixer.forward is forward
+    compat.undo()
+
+
+def test_one_model_leaves_other_families_alone():
+    model = make("Mamba")
+    make("FalconMamba")
+    done = compat.apply_to_transformers(model)
+    assert done and all(name.startswith("transformers.models.mamba.") for name in done)
+
+
+@pytest.mark.parametrize("family", ["Mamba", "FalconMamba"])
+def test_adapters_train(family):
+    """LoRA around each layer of a mixer, in training, where transformers hands weights to the fused function."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    targets = ["in_proj", "x_proj"]  # peft itself refuses out_proj and conv1d of these models
+    model = peft.get_peft_model(make(family), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    compat.apply_to_transformers(model)
+    grads = gradients(model, input_ids=tokens())
+    for target in targets:
+        found = [g for name, g in grads.items() if f"{target}.lora_" in name]
+        assert len(found) == 4 and all(g.abs().sum() > 0 for g in found), target
+
+
+def test_install_before_the_import():
+    """One line before `import transformers`, in a process of its own."""
+    code = """
+import torch, cobra_kernels, cobra_kernels.compat
+cobra_kernels.compat.install()
+from transformers import MambaConfig, MambaForCausalLM
+torch.manual_seed(0)
+model = MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=8)).eval()
+ids = torch.randint(3, 50, (1, 9))
+with torch.no_grad():
+    model(ids)
+    model.generate(ids, max_new_tokens=3, do_sample=False)
+model.train()
+model(ids, labels=ids).loss.backward()
+print(sorted({op for op, _ in cobra_kernels.call_counts()}))
+model.requires_grad_(False)
+model.backbone.embeddings.requires_grad_(True)
+cobra_kernels.reset_call_counts()
+model(ids, labels=ids).loss.backward()
+print("mamba_inner" in {op for op, _ in cobra_kernels.call_counts()})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    ops, fused_though_frozen = done.stdout.strip().splitlines()
+    for op in ("causal_conv1d", "causal_conv1d_update", "mamba_inner", "mamba_inner_bwd", "selective_scan", "selective_state_update"):
+        assert f"'{op}'" in ops
+    assert fused_though_frozen == "False"
+    assert "falling back" not in done.stderr
