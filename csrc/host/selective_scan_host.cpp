@@ -1,6 +1,6 @@
 // selective_scan on numpy arrays. B and C are (dim, dstate), (batch, dstate, seqlen) or (batch, groups, dstate, seqlen).
-// The caller owns out, last_state and states, which are contiguous (states may be None), and `line`, the zeroed workspace of `line_workers`. `multiprocessors`: of
-// the GPU that is emulated. The device "cuda_mma" is the tensor-core kernel, and an error where it does not serve.
+// The caller owns out, last_state and states, which are contiguous (states may be None), and `line`, the zeroed workspace of
+// `line_workers`. `multiprocessors`: of the GPU that is emulated. The device "cuda_mma" is the tensor-core kernel, and an error where it does not serve.
 #include <cstring>
 
 #include "host/host.h"
@@ -11,9 +11,6 @@ namespace cobra {  // selective_scan_cuda.cuh
 bool mma_serves(const SelectiveScanFwdParams& p);
 int selective_scan_fwd_mma(const SelectiveScanFwdParams& p, void* stream);
 int64_t mma_line_workers(const SelectiveScanFwdParams& p);
-// Weak while there are no kernels.
-__attribute__((weak)) int selective_scan_bwd_cuda(const SelectiveScanBwdParams&, void* stream);
-__attribute__((weak)) int64_t selective_scan_bwd_workspace_cuda(const SelectiveScanBwdParams&);
 }  // namespace cobra
 
 namespace cobra::host {

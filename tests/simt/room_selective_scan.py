@@ -14,7 +14,6 @@ from tests.simt.harness import Tensor, check_close
 SCHEDULES = ((132, 0), (0, 0), (132, 3), (132, 8))
 BOTH = ("contiguous", "transposed")  # time, or channels, side by side in memory
 CHUNK = 64  # kStateChunk: steps between two saved states
-BACKWARD = ("cpu", "cuda")  # where the backward exists
 
 
 class Case(NamedTuple):
@@ -232,15 +231,13 @@ def check(host, case: Case, device: str) -> None:
     for multiprocessors, workers in SCHEDULES if device == "cuda" else ((0, 0),):
         runs.append(forward(multiprocessors, workers))
         assert runs[0] == runs[-1], f"other bits with {multiprocessors} multiprocessors and {workers} workers on the line"
-    if device in BACKWARD:
-        states = Tensor(want.states.shape, compute)
-        assert forward(*SCHEDULES[0], states.array) == runs[0], "other bits when states are saved"
-        states.array[np.isnan(want.states)] = 0
-        check_close(states, np.nan_to_num(want.states), harness.OUTPUT[compute], "states")
+    states = Tensor(want.states.shape, compute)
+    assert forward(*SCHEDULES[0], states.array) == runs[0], "other bits when states are saved"
+    states.array[np.isnan(want.states)] = 0
+    check_close(states, np.nan_to_num(want.states), harness.OUTPUT[compute], "states")
     check_close(out, want.out, harness.OUTPUT[case.dtype], "out")
     check_close(last, want.last_state, harness.OUTPUT[compute], "last_state")
-    if device in BACKWARD:
-        check_backward(host, case, device, want, Tensor(want.states.shape, compute, values=want.states))
+    check_backward(host, case, device, want, Tensor(want.states.shape, compute, values=want.states))
     for name, tensor in want.inputs.items():
         if tensor:
             tensor.check_unchanged(name)
@@ -298,16 +295,15 @@ def check_large_strides(host, device: str) -> None:
         y = np.stack([expected_scan(wide[b], step_sizes[b], A, B[b], B[b], None, zeros)[0] for b in range(batch)])
         wanted = [("out", view(out), y * wide * gate)]
 
-        if device in BACKWARD:
-            for gradient in (du, ddelta, dz, dB, dC):
-                gradient[...] = np.nan
-            rows = [expected_gradients(wide[b], step_sizes[b], A, B[b], B[b], None, zeros, (wide * wide * gate)[b], zeros) for b in range(batch)]
-            states = np.stack([np.stack([before[i].T for i in range(0, seqlen, CHUNK)]) for _, before in rows]).astype(np.float32)
-            host.selective_scan_bwd(device, x, None, *arguments, states, view(du), view(ddelta), np.empty_like(A), project(dB), project(dC), None, view(dz), None, None, 132)
-            expected = {name: np.stack([row[name] for row, _ in rows]) for name in ("du", "ddelta", "dB", "dC")}
-            wanted += [("du", view(du), expected["du"]), ("ddelta", view(ddelta), expected["ddelta"] * gate)]
-            wanted += [("dB", project(dB), expected["dB"].sum(1)), ("dC", project(dC), expected["dC"].sum(1))]
-            wanted += [("dz", view(dz), wide * y * gate * (1 + wide * (1 - gate)))]
+        for gradient in (du, ddelta, dz, dB, dC):
+            gradient[...] = np.nan
+        rows = [expected_gradients(wide[b], step_sizes[b], A, B[b], B[b], None, zeros, (wide * wide * gate)[b], zeros) for b in range(batch)]
+        states = np.stack([np.stack([before[i].T for i in range(0, seqlen, CHUNK)]) for _, before in rows]).astype(np.float32)
+        host.selective_scan_bwd(device, x, None, *arguments, states, view(du), view(ddelta), np.empty_like(A), project(dB), project(dC), None, view(dz), None, None, 132)
+        expected = {name: np.stack([row[name] for row, _ in rows]) for name in ("du", "ddelta", "dB", "dC")}
+        wanted += [("du", view(du), expected["du"]), ("ddelta", view(ddelta), expected["ddelta"] * gate)]
+        wanted += [("dB", project(dB), expected["dB"].sum(1)), ("dC", project(dC), expected["dC"].sum(1))]
+        wanted += [("dz", view(dz), wide * y * gate * (1 + wide * (1 - gate)))]
         for name, got, want in wanted:
             error = np.linalg.norm(got - want) / np.linalg.norm(want)
             assert error <= harness.OUTPUT["fp16"] * 1.5, f"{name}: relative error {error:.2e} with {what} 2^31 + 64 elements apart"

@@ -180,7 +180,7 @@ BACKENDS = {
     "reference": Backend(reference_reason, gradients="autograd of the reference"),
     "cpu": Backend(_real(cpu_reason), gradients="kernel"),
     "triton": Backend(_real(triton_reason), gradients="kernel"),
-    "cuda": Backend(_real(cuda_reason), gradients="the reference's, in plain torch (slow: no backward kernel)"),
+    "cuda": Backend(_real(cuda_reason), gradients="kernel"),
 }
 
 
@@ -248,16 +248,6 @@ for _suffix in ("", "_triton"):
     define(f"selective_scan_bwd{_suffix}(Tensor? dout, Tensor? dlast_state, {_ARGUMENTS}, Tensor states) -> ({_GRADIENTS})", _bwd_fake)
     first_order_only(f"selective_scan_bwd{_suffix}")
 
-
-def _bwd_reference(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens, states):
-    """The reference's gradients, in the compute dtype, rounded once; absent inputs get an empty tensor."""
-    count("selective_scan_bwd", "reference")
-    grads = reference.selective_scan_bwd(dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens)
-    inputs = (u, delta, A, B, C, D, z, delta_bias, initial_state)
-    return tuple(u.new_empty(0) if t is None else torch.empty_like(t).copy_(g) for t, g in zip(inputs, grads))
-
-
-implement("selective_scan_bwd", _bwd_reference, "CompositeExplicitAutograd")
 implement("selective_scan_fwd_triton", _fwd_triton, "CompositeExplicitAutograd")
 implement("selective_scan_fwd_states_triton", _fwd_states_triton, "CompositeExplicitAutograd")
 implement("selective_scan_bwd_triton", _bwd_triton, "CompositeExplicitAutograd")
