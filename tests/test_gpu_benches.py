@@ -76,7 +76,7 @@ def test_cases_and_peers_of_an_op(name, monkeypatch, played):
             assert "bwd" in case.mode
             continue
         names = compared(case)
-        assert names[0] in ("mamba-ssm", "causal-conv1d")
+        assert names[0] in ("mamba-ssm", "causal-conv1d") or "bwd" in case.mode
         if name in reference:  # no torch provider to compare with: our own op
             inputs = (case.providers[0].make_inputs or case.make_inputs)(0)
             assert disagreement(case.providers[0].call(*inputs), bench.ours(*inputs)) <= AGREEMENT["bf16"]

@@ -58,15 +58,23 @@ def installed() -> tuple[str, ...]:
 def _install(package: str, force: bool) -> str:
     if package in _replaced:
         return f"cobra_kernels ({SHIMS / package})"
-    found = importlib.util.find_spec(package) if package not in sys.modules else sys.modules[package].__spec__
+    found = _origin(package)
     if found is not None and not force:
-        return f"the installed package ({found.origin}); force=True replaces it"
+        return f"the installed package ({found}); force=True replaces it"
     folder = str(SHIMS / package)
     _replaced[package] = _forget(package)
     sys.path.insert(0, folder) if found is not None else sys.path.append(folder)
     os.environ["PYTHONPATH"] = os.pathsep.join([folder, *filter(None, [os.environ.get("PYTHONPATH")])])
     importlib.invalidate_caches()
-    return f"cobra_kernels ({folder})" + (f", in place of {found.origin}" if found is not None else "")
+    return f"cobra_kernels ({folder})" + (f", in place of {found}" if found is not None else "")
+
+
+def _origin(package: str) -> str | None:
+    """Where a package would be imported from; None if it is not there, or is a mere folder of that name, such as a checkout's."""
+    if package in sys.modules:
+        return getattr(sys.modules[package], "__file__", None) or "already imported"
+    spec = importlib.util.find_spec(package)
+    return None if spec is None else spec.origin
 
 
 def _forget(package: str) -> dict[str, object]:

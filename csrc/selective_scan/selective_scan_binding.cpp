@@ -248,17 +248,15 @@ Tensor line_workspace(const Tensor& u, void* stream, int64_t words) {
   return entry->second;
 }
 
-// Runs on the current stream of u's device.
-void run_forward(const char* op, Forward& call, const Tensor& u) {
+int run_forward(Forward& call, const Tensor& u, void* stream) {
   call.p.multiprocessors = gpu_multiprocessors();
-  void* const stream = current_stream(u, op);
   std::optional<Tensor> line;
   if ((call.p.line_workers = selective_scan_line_workers(call.p))) {
     line = line_workspace(u, stream, selective_scan_line_words(call.p.line_workers));
     call.p.line = static_cast<unsigned*>(line->mutable_data_ptr());
   }
-  check_launch(selective_scan_fwd_cuda(call.p, stream), op);
   fwd_cuda_calls.add();
+  return selective_scan_fwd_cuda(call.p, stream);
 }
 void refuse_fp64(const char* op, const Tensor& u) {
   STD_TORCH_CHECK(u.scalar_type() != ScalarType::Double, op, ": u is float64, which the CUDA kernel does not serve");
@@ -270,7 +268,7 @@ ForwardResult fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, co
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   refuse_fp64(op, u);
   Forward call(op, false, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
-  run_forward(op, call, u);
+  check_launch(run_forward(call, u, current_stream(u, op)), op);
   return {call.out, call.last_state};
 }
 
@@ -280,7 +278,7 @@ StatesResult fwd_states_cuda(const Tensor& u, const Tensor& delta, const Tensor&
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
   refuse_fp64(op, u);
   Forward call(op, true, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
-  run_forward(op, call, u);
+  check_launch(run_forward(call, u, current_stream(u, op)), op);
   return {call.out, call.last_state, call.states};
 }
 

@@ -77,6 +77,14 @@ def test_what_it_finds_is_left_alone(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    """Python run in a checkout of causal-conv1d, or in a folder with kernels of that name."""
+    (tmp_path / "causal_conv1d").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "cobra_kernels" in compat.install()["causal_conv1d"]
+    assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
+
+
 def test_again_changes_nothing():
     first = compat.install()
     path = list(sys.path)

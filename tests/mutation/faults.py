@@ -350,7 +350,7 @@ SELECTIVE_SCAN = [
           "item = {begin / steps, begin % steps, steps, true, false};", "item = {begin / steps, 0, steps, true, false};",
           emulated("selective_scan")),
     Fault("selective_scan", "cuda: missing warp barrier before B and C are read", SCAN + "_cuda_fwd.cu",
-          "      __syncwarp();\n      recur<kLanes>", "      recur<kLanes>", emulated("selective_scan")),
+          "      __syncwarp();\n      if (p.states", "      if (p.states", emulated("selective_scan")),
     Fault("selective_scan", "cuda: missing warp barrier before the tiles are written again", SCAN + "_cuda_fwd.cu",
           "    __syncwarp();  // before the tiles are written again\n", "", emulated("selective_scan"),
           note="the shuffles of the last tile order the lanes in the emulator, for its race detector too; on a GPU they order no "

@@ -272,7 +272,7 @@ def _initial_kernel(
 def _reduce_kernel(partial, dweight, dbias, rows, dim, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of partial (rows, WIDTH + 1, dim) over its rows, for COLUMNS channels of one tap, or of dbias."""
     d = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    w = tl.program_id(1)
+    w = tl.program_id(1).to(tl.int64)
     lane = tl.arange(0, ROWS).to(tl.int64)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, rows, ROWS):

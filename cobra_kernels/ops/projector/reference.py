@@ -13,8 +13,12 @@ class _Round(torch.autograd.Function):
     """Rounds to `dtype` and comes back; the gradient passes unrounded."""
 
     @staticmethod
-    def forward(ctx, h: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(h: Tensor, dtype: torch.dtype) -> Tensor:
         return h.to(dtype).to(h.dtype, copy=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
 
     @staticmethod
     def backward(ctx, grad: Tensor):

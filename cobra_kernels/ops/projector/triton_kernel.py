@@ -258,7 +258,7 @@ def _taps_kernel(
     """One tap of the filter: the sum over a block of units of dy times the p under the tap."""
     block = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    tap = tl.program_id(2)
+    tap = tl.program_id(2).to(tl.int64)
     mask = channel < channels
     b = tl.zeros([BLOCK], tl.float32)
     if HAS_BIAS:
