@@ -346,14 +346,15 @@ struct LaneStates {
   float* last;                  // that state in last_state
   bool active;
 
-  // h is the state with `left` steps to go, before a chunk of the backward.
+  // h is the state with `left` steps to go: saved where a chunk of the backward begins.
   __device__ __forceinline__ void save(const SelectiveScanFwdParams& p, const float (&h)[kStates], int64_t chunk, int64_t left) const {
-    const Sequence whole = sequence_of(p, row);
+    const Sequence whole = sequence_of(p, row);  // read again here: kept from tile to tile, it would cost registers
+    if (unsigned(whole.length - left) % kStateChunk != 0) return;
     const int64_t slot = whole.batch * state_slots(p) + state_slot(p, whole.begin, row) + (whole.length - left) / kStateChunk;
-    float* const saved = static_cast<float*>(p.states) + (slot * p.dstate + chunk + first) * p.dim + channel;
+    float* saved = static_cast<float*>(p.states) + (slot * p.dstate + chunk + first) * p.dim + channel;
 #pragma unroll
-    for (int k = 0; k < kStates; ++k)
-      if (active && chunk + first + k < p.dstate) saved[k * p.dim] = h[k];
+    for (int k = 0; k < kStates; ++k, saved += p.dim)  // one address, so that no register is spilled for it
+      if (active && chunk + first + k < p.dstate) *saved = h[k];
   }
   // `begin`: from the initial state; otherwise from last_state.
   __device__ __forceinline__ void load(const SelectiveScanFwdParams& p, float (&h)[kStates], float (&rate)[kStates], int64_t chunk, bool begin) const {
@@ -385,7 +386,6 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
   const bool active = first_channel + lane / kLanes < channels_end;
   const int64_t channel = active ? first_channel + lane / kLanes : channels_end - 1;  // the rest repeat the last one and store nothing
   Sequence sequence = sequence_of(p, row);
-  const unsigned length = unsigned(sequence.length);  // its last bits say where a chunk begins
   sequence.begin += item.begin * kTile;
   sequence.length -= item.begin * kTile;
   int64_t left = sequence.length;
@@ -496,7 +496,7 @@ __device__ __forceinline__ void scan_warp(const Launch& launch, float* shared, c
         if (C_constant) C.template keep<kStates>(constant_C, launch.C, chunk + part * kStates, dstate);
       }
       __syncwarp();
-      if (p.states && (length - unsigned(left)) % kStateChunk == 0) states.save(p, h, chunk, left);
+      if (p.states) states.save(p, h, chunk, left);
       recur<kLanes>(h, rate, dt, du, y, B_constant ? constant_B : tile_B + part * kStates, B_constant ? 0 : kChunk,
                     C_constant ? constant_C : tile_C + part * kStates, C_constant ? 0 : kChunk, part);
       if (chunked) states.store(p, h, chunk);
