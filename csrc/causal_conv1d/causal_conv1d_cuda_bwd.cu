@@ -305,7 +305,8 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
     float dweight[kTaps] = {}, dbias = 0.f;
     Sequence sequence;
 
-    const int64_t chunk_end = active ? least((chunk + 1) * l.chunk * kItems - behind, p.seqlen) : 0;
+    // No granule begins before -kItems: an inactive slot has none, not even the one that begins `behind` steps before its row.
+    const int64_t chunk_end = active ? least((chunk + 1) * l.chunk * kItems - behind, p.seqlen) : -kItems;
 #pragma unroll 1
     for (int64_t q = (chunk * l.chunk + lane) * kItems - behind; q < chunk_end; q += lanes * kItems) {  // the step of the granule's bit 0
       unsigned left = bits_between(-q, p.seqlen - q, kItems);  // steps of the row whose sequence is yet to come
