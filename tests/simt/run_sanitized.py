@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,8 +102,15 @@ def run_cases(target: str, module: Path, names: list[str], only: str | None, sim
               f"{time.perf_counter() - start:.1f} s")  # fmt: skip
 
 
+def run_job(target: str, module: Path, names: list[str]) -> tuple[int, str]:
+    """(exit status, output) of the cases of these rooms, or of the emulator's own tests if there are none, in a process of its own."""
+    command, environment = child_command(target, ["--module", str(module), *(f"--room={name}" for name in names)])
+    done = subprocess.run(command, env=environment, check=False, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return done.returncode, done.stdout
+
+
 def main() -> int:
-    """Builds, then runs each sanitizer in a process of its own."""
+    """Builds, then runs each sanitizer on each room in a process of its own, as many at once as there are cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("target", nargs="*", metavar="asan|tsan", help="default: both")
     parser.add_argument("--room", action="append", choices=rooms(), help="only this room (may be repeated)")
@@ -112,28 +120,32 @@ def main() -> int:
     parser.add_argument("--resident", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--large-strides", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    names = options.room or rooms()
     if not set(options.target) <= set(LIBRARIES):
         parser.error(f"target is {options.target}, expected asan or tsan")
     if options.module:
         if options.large_strides:
-            for name in names:
+            for name in options.room or rooms():
                 room = importlib.import_module(f"tests.simt.room_{name}")
                 if "cuda" in harness.devices(room):
                     room.check_large_strides(harness.load_module(options.module), "cuda")
-        else:
-            if not options.case:
-                run_probe(options.target[0], options.module)
+        elif options.room:
             simt = {"order": options.order, "seed": 5, "resident": options.resident} if options.order else None
-            run_cases(options.target[0], options.module, names, options.case, simt)
+            run_cases(options.target[0], options.module, options.room, options.case, simt)
+        else:
+            run_probe(options.target[0], options.module)
         return 0
-    for target in options.target or ["asan", "tsan"]:
-        module = harness.build_module(target)
-        command, environment = child_command(target, ["--module", str(module), *(f"--room={name}" for name in names)])
-        code = subprocess.run(command, env=environment, check=False).returncode
-        if code:
-            print(f"[{target}] failed with exit status {code}", file=sys.stderr)
-            return 1
+    modules = {target: harness.build_module(target) for target in options.target or ["asan", "tsan"]}
+    names = sorted(options.room or rooms(), key=lambda name: name != "selective_scan")  # the longest, by far, first
+    jobs = [(target, [name]) for target in reversed(modules) for name in names] + [(target, []) for target in modules]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {pool.submit(run_job, target, modules[target], names): target for target, names in jobs}
+        for job in as_completed(running):
+            code, output = job.result()
+            print(output, end="", flush=True)
+            if code:
+                pool.shutdown(cancel_futures=True)
+                print(f"[{running[job]}] failed with exit status {code}", file=sys.stderr)
+                return 1
     return 0
 
 
