@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
-from .errors import DtypeError, ShapeError
+from .errors import ArgumentError, DtypeError, ShapeError
 
 FLOATS = frozenset((torch.float32, torch.bfloat16, torch.float16, torch.float64))
 INDICES = frozenset((torch.int32, torch.int64))
+CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"  # it makes the host wait for the GPU
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -76,6 +79,41 @@ def check_index(op: str, name: str, tensor: torch.Tensor, first_name: str, first
         raise DtypeError(f"{op}: {name} has dtype {got}, expected int32 or int64")
     if tensor.device != first.device:
         raise DtypeError(f"{op}: {name} is on {tensor.device}, expected {first.device}; the device comes from {first_name}")
+
+
+def reads_values(tensor: torch.Tensor) -> bool:
+    """Whether the values of an index tensor are checked: on a CPU, and on a GPU with COBRA_KERNELS_CHECK=1; not while a compiler traces."""
+    return not torch.compiler.is_compiling() and (tensor.is_cpu or CHECK_CUDA_INDICES)
+
+
+def check_cu_seqlens(op: str, cu_seqlens: torch.Tensor, first_name: str, first: torch.Tensor) -> None:
+    """The boundaries (num_seqs + 1,) of packed sequences: from 0, never decreasing, inside the one row of `first` (1, .., seqlen)."""
+    check_index(op, "cu_seqlens", cu_seqlens, first_name, first)
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise shape_error(op, "cu_seqlens", cu_seqlens, num_seqs="num_seqs + 1")
+    batch, seqlen = first.shape[0], first.shape[-1]
+    if batch != 1:
+        raise ShapeError(f"{op}: {first_name} has batch={batch}, expected 1 with cu_seqlens: packed sequences lie end to end in one row")
+    if not reads_values(cu_seqlens):
+        return
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ArgumentError(f"{op}: cu_seqlens[0] is {bounds[0]}, expected 0")
+    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
+        if end < begin:
+            raise ArgumentError(f"{op}: cu_seqlens[{i + 1}] is {end}, expected at least cu_seqlens[{i}]={begin}")
+    if bounds[-1] > seqlen:
+        raise ArgumentError(f"{op}: cu_seqlens[-1] is {bounds[-1]}, expected at most seqlen={seqlen}; seqlen comes from {first_name}")
+
+
+def autocast_dtype(first: torch.Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on the device of `first`, where it is on. It leaves fp64 alone."""
+    if not isinstance(first, torch.Tensor) or first.dtype == torch.float64:
+        return None
+    device = first.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:

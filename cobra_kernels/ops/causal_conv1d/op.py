@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
+from ...checks import check_cu_seqlens, check_first, check_floats, check_given, check_index, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
 
 OP = "causal_conv1d"
-CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"
 
 
 def causal_conv1d(
@@ -100,11 +97,7 @@ def _plan(
 
     states = {"batch": batch}
     if cu_seqlens is not None:
-        check_index(OP, "cu_seqlens", cu_seqlens, "x", x)
-        if batch != 1:
-            raise ShapeError(f"{OP}: x has batch={batch}, expected 1 with cu_seqlens: packed sequences lie in one row")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-            raise shape_error(OP, "cu_seqlens", cu_seqlens, num_seqs="num_seqs + 1")
+        check_cu_seqlens(OP, cu_seqlens, "x", x)
         states = {"num_seqs": cu_seqlens.shape[0] - 1}
     if seq_idx is not None:
         check_index(OP, "seq_idx", seq_idx, "x", x)
@@ -126,8 +119,6 @@ def _plan(
         if not return_final_states:
             raise ArgumentError(f"{OP}: final_states_out was given with return_final_states=False, expected True")
         check_not_expanded(OP, "final_states_out", final_states_out)
-    if cu_seqlens is not None and not torch.compiler.is_compiling() and (cu_seqlens.is_cpu or CHECK_CUDA_INDICES):
-        _check_boundaries(cu_seqlens.tolist(), seqlen)
     return select(OP, BACKENDS, backend, x)
 
 
@@ -153,16 +144,6 @@ def check_not_expanded(op: str, name: str, tensor: torch.Tensor) -> None:
     for d in range(tensor.dim()):
         if tensor.stride(d) == 0 and tensor.shape[d] > 1:
             raise ArgumentError(f"{op}: {name} is expanded (stride 0 at dim {d}) but written in place; pass a copy of it")
-
-
-def _check_boundaries(bounds: list[int], seqlen: int) -> None:
-    if bounds[0] != 0:
-        raise ArgumentError(f"{OP}: cu_seqlens[0] is {bounds[0]}, expected 0")
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        if end < begin:
-            raise ArgumentError(f"{OP}: cu_seqlens[{i + 1}] is {end}, expected at least cu_seqlens[{i}]={begin}")
-    if bounds[-1] > seqlen:
-        raise ArgumentError(f"{OP}: cu_seqlens[-1] is {bounds[-1]}, expected at most seqlen={seqlen}; seqlen comes from x")
 
 
 BACKENDS = {

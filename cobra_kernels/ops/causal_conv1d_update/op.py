@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from ...checks import check_first, check_floats, check_given, check_index, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, check_index, reads_values, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, ShapeError
 from ...library import OPS, define, implement
@@ -14,7 +12,6 @@ from ..causal_conv1d.op import check_activation, check_not_expanded, check_weigh
 from . import reference
 
 OP = "causal_conv1d_update"
-CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"
 
 
 def causal_conv1d_update(
@@ -107,7 +104,7 @@ def _plan(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_ind
         steps = x.shape[2] if x.dim() == 3 else 1
         if steps > state_len:
             raise ShapeError(f"{OP}: x has steps={steps}, expected at most state_len={state_len} with cache_seqlens; it comes from conv_state")
-    if pooled and not torch.compiler.is_compiling() and (conv_state_indices.is_cpu or CHECK_CUDA_INDICES):
+    if pooled and reads_values(conv_state_indices):
         _check_rows(conv_state_indices.tolist(), conv_state.shape[0])
     return select(OP, BACKENDS, backend, x)
 

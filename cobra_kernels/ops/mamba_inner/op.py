@@ -6,11 +6,9 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from ...checks import check_first, check_floats, check_given, check_index, name_of, requires_grad, shape_error
+from ...checks import autocast_dtype, check_cu_seqlens, check_first, check_floats, check_given, name_of, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
@@ -18,7 +16,6 @@ from . import fused, reference
 from .arguments import DIFFERENTIABLE, Arguments
 
 OP = "mamba_inner"
-CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"
 
 
 def mamba_inner(
@@ -81,7 +78,7 @@ def mamba_inner(
     Raises ShapeError, DtypeError, ArgumentError, BackendUnavailable.
     In torch: causal_conv1d, F.linear, F.linear, selective_scan, F.linear. Upstream: mamba_ssm `mamba_inner_fn`.
     """
-    gemm_dtype = _autocast_dtype(xz)
+    gemm_dtype = autocast_dtype(xz)
     a = Arguments(
         xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D, delta_bias,
         B_proj_bias, C_proj_bias, b_rms_weight, c_rms_weight, dt_rms_weight, initial_conv_state, initial_ssm_state, cu_seqlens,
@@ -197,41 +194,13 @@ def _check_projection(a, name: str, batch: int, dim: int, dstate: int, seqlen: i
 def _check_states(a) -> None:
     rows, letter, source = a.xz.shape[0], "batch", "xz"
     if a.cu_seqlens is not None:
-        _check_cu_seqlens(a.cu_seqlens, a.xz)
+        check_cu_seqlens(OP, a.cu_seqlens, "xz", a.xz)
         rows, letter, source = a.cu_seqlens.shape[0] - 1, "num_seqs", "cu_seqlens"
     (dim, dstate), width = a.A.shape, a.conv1d_weight.shape[2]
     for name, last in (("initial_conv_state", {"width - 1": width - 1}), ("initial_ssm_state", {"dstate": dstate})):
         tensor = getattr(a, name)
         if tensor is not None and tuple(tensor.shape) != (rows, dim, *last.values()):
             raise shape_error(OP, name, tensor, **{letter: rows}, dim=dim, **last, why=f"{letter} comes from {source}")
-
-
-def _check_cu_seqlens(cu_seqlens, xz) -> None:
-    check_index(OP, "cu_seqlens", cu_seqlens, "xz", xz)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise shape_error(OP, "cu_seqlens", cu_seqlens, num_seqs="num_seqs + 1")
-    if xz.shape[0] != 1:
-        raise ShapeError(f"{OP}: xz has batch={xz.shape[0]}, expected 1 with cu_seqlens: packed sequences lie in one row")
-    if torch.compiler.is_compiling() or not (cu_seqlens.is_cpu or CHECK_CUDA_INDICES):
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ArgumentError(f"{OP}: cu_seqlens[0] is {bounds[0]}, expected 0")
-    for i, (begin, end) in enumerate(zip(bounds, bounds[1:])):
-        if end < begin:
-            raise ArgumentError(f"{OP}: cu_seqlens[{i + 1}] is {end}, expected at least cu_seqlens[{i}]={begin}")
-    if bounds[-1] > xz.shape[2]:
-        raise ArgumentError(f"{OP}: cu_seqlens[-1] is {bounds[-1]}, expected at most seqlen={xz.shape[2]}; seqlen comes from xz")
-
-
-def _autocast_dtype(first) -> torch.dtype | None:
-    """The dtype that autocast asks for, where it is on. It leaves fp64 alone."""
-    if not isinstance(first, torch.Tensor) or first.dtype == torch.float64:
-        return None
-    device = first.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _real(reason):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ...checks import check_first, check_float, check_floats, name_of, requires_grad, shape_error
+from ...checks import autocast_dtype, check_first, check_float, check_floats, name_of, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
@@ -44,7 +44,7 @@ def mlp_projector(
     Upstream: Cobra `LinearProjector`, `MLPProjector`, `FusedMLPProjector`.
     """
     features, weights, biases, name = _plan_mlp(features, weights, biases, backend)
-    dtype = _autocast_dtype(features[0])
+    dtype = autocast_dtype(features[0])
     if dtype is not None:
         features, weights, biases = (_cast(tensors, dtype) for tensors in (features, weights, biases))
         with torch.autocast(features[0].device.type, enabled=False):
@@ -91,7 +91,7 @@ def ldp_projector(
     Source: Chu et al., MobileVLM V2, arXiv 2402.03766; Chu et al., arXiv 2102.10882 (positional encoding generator).
     """
     features, weights, biases, grid, out_grid, name = _plan_ldp(features, weights, biases, peg_weight, peg_bias, grid, out_grid, backend)
-    dtype = _autocast_dtype(features[0])
+    dtype = autocast_dtype(features[0])
     if dtype is not None:
         features, weights, biases, (peg_weight, peg_bias) = (
             _cast(tensors, dtype) for tensors in (features, weights, biases, (peg_weight, peg_bias))
@@ -209,14 +209,6 @@ def _plan_ldp(features, weights, biases, peg_weight, peg_bias, grid, out_grid, b
     if grid[0] * grid[1] != tokens:
         raise ShapeError(f"{LDP}: features[0] has {tokens} tokens, expected H*W={grid[0] * grid[1]}; H and W come from grid={grid}")
     return features, weights, biases, grid, out_grid, select(LDP, BACKENDS, backend, first)
-
-
-def _autocast_dtype(first: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for, where it is on. It leaves fp64 alone."""
-    device = first.device.type
-    if first.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
 
 
 def _cast(tensors, dtype: torch.dtype) -> list:

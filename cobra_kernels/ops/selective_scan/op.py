@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from ...checks import check_first, check_floats, check_index, name_of, requires_grad, shape_error
+from ...checks import check_cu_seqlens, check_first, check_floats, name_of, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
-from ...errors import ArgumentError, DtypeError, ShapeError
+from ...errors import DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
 from . import reference
 
 OP = "selective_scan"
-CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"
 
 
 def selective_scan(
@@ -92,7 +89,7 @@ def _plan(u, delta, A, B, C, D, z, delta_bias, initial_state, cu_seqlens, backen
     _check_shapes(u, delta, A, B, C, D, z, delta_bias)
     rows, letter = u.shape[0], "batch"
     if cu_seqlens is not None:
-        _check_cu_seqlens(u, cu_seqlens)
+        check_cu_seqlens(OP, cu_seqlens, "u", u)
         rows, letter = cu_seqlens.shape[0] - 1, "num_seqs"
     if initial_state is not None and initial_state.shape != (rows, *A.shape):
         why = f"{letter} comes from {'u' if letter == 'batch' else 'cu_seqlens'}, dim and dstate from A"
@@ -151,24 +148,6 @@ def _check_projection(name, tensor, batch, dim, dstate, seqlen, is_complex) -> N
         return
     groups = {"groups": "groups"} if tensor.dim() == 4 else {}
     raise shape_error(OP, name, tensor, batch=batch, **groups, dstate=dstate, **steps, why="batch and seqlen come from u, dstate from A")
-
-
-def _check_cu_seqlens(u, cu_seqlens) -> None:
-    check_index(OP, "cu_seqlens", cu_seqlens, "u", u)
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
-        raise ShapeError(f"{OP}: cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (num_seqs + 1,)")
-    if u.shape[0] != 1:
-        raise ShapeError(f"{OP}: u has batch {u.shape[0]}, expected 1 with cu_seqlens: packed sequences lie one after the other in one row")
-    if torch.compiler.is_compiling() or not (cu_seqlens.is_cpu or CHECK_CUDA_INDICES):
-        return
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0:
-        raise ArgumentError(f"{OP}: cu_seqlens[0] is {bounds[0]}, expected 0")
-    for i in range(1, len(bounds)):
-        if bounds[i] < bounds[i - 1]:
-            raise ArgumentError(f"{OP}: cu_seqlens[{i}] is {bounds[i]}, expected at least {bounds[i - 1]}, the value before it")
-    if bounds[-1] > u.shape[2]:
-        raise ArgumentError(f"{OP}: cu_seqlens[{len(bounds) - 1}] is {bounds[-1]}, expected at most seqlen={u.shape[2]}; seqlen comes from u")
 
 
 def _real(reason):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from ...checks import check_first, check_floats, check_given, check_index, name_of, requires_grad, shape_error
+from ...checks import check_first, check_floats, check_given, check_index, name_of, reads_values, requires_grad, shape_error
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, implement
 from . import reference
 
 OP = "selective_state_update"
-CHECK_CUDA_INDICES = os.environ.get("COBRA_KERNELS_CHECK") == "1"
 
 
 def selective_state_update(
@@ -101,7 +98,7 @@ def _plan(state, x, dt, A, B, C, D, z, dt_bias, state_batch_indices, backend) ->
         check_index(OP, "state_batch_indices", state_batch_indices, "x", x)
         if state_batch_indices.shape != (x.shape[0],):
             raise shape_error(OP, "state_batch_indices", state_batch_indices, batch=x.shape[0], why="batch comes from x")
-        if not torch.compiler.is_compiling() and (state_batch_indices.is_cpu or CHECK_CUDA_INDICES):
+        if reads_values(state_batch_indices):
             _check_rows(state_batch_indices.tolist(), state.shape[0])
     return select(OP, BACKENDS, backend, x, A)
 
