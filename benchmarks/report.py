@@ -2,13 +2,12 @@
 
     python -m benchmarks.report            Markdown tables of the last records of every device, and out/bench/report.html
 
-A page is one file: style, pictures and photo are inside, there is no script and no link to anywhere."""
+A page is one file: style, pictures and photo are inside, and there is no link to anywhere (page.py)."""
 
 from __future__ import annotations
 
 import argparse
 import base64
-import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,93 +15,12 @@ from pathlib import Path
 from benchmarks.harness import records as store
 from benchmarks.harness.environment import ROOT
 from benchmarks.harness.table import bytes_text, figures, seconds_text
+from benchmarks.page import WIDE, environment_table, page, responsive, table
 from benchmarks.svg import Bar, Series, line_chart, stacked_bars
 
-WIDE, NARROW = 860, 340  # drawing widths; the page picks one
 ORDER = ("cobra", "llava")
 STYLE = {"cobra": "s0", "llava": "s1"}
 STAGES = ("vision", "projector", "prefill")
-
-CSS = """
-:root { color-scheme: light dark; --bg: #fbfbfa; --fg: #1c1e21; --soft: #5d636b; --line: #dfe2e6; --card: #ffffff;
-  --s0: #0b7a70; --s1: #b4530a; --ink: #ffffff; --a2: .58; --a3: .8; }
-@media (prefers-color-scheme: dark) { :root { --bg: #14171a; --fg: #e8eaed; --soft: #a0a8b1; --line: #2e343b; --card: #1b1f24;
-  --s0: #2cc4b3; --s1: #f0964a; --ink: #101315; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--bg); color: var(--fg); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 900px; margin: 0 auto; padding: 28px 20px 56px; }
-h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.2rem; margin: 2.6rem 0 .5rem; }
-p { margin: .4rem 0 .8rem; } .soft, figcaption, small { color: var(--soft); } .lead { font-size: 1.05rem; }
-.top { display: grid; grid-template-columns: 1fr 220px; gap: 24px; align-items: start; }
-.top img { width: 100%; border-radius: 10px; display: block; } .top figure { margin: 0; }
-.top figcaption { font-size: .8rem; margin-top: 6px; }
-.cards { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; margin: 24px 0 8px; }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 14px 12px; }
-.card h3 { margin: 0 0 8px; font-size: .82rem; font-weight: 600; color: var(--soft); line-height: 1.3; min-height: 2.6em; }
-.card div { display: flex; align-items: baseline; gap: 8px; font-variant-numeric: tabular-nums; }
-.card b { font-size: 1.3rem; font-weight: 650; white-space: nowrap; } .card span { font-size: .8rem; color: var(--soft); }
-.card i { width: 10px; height: 10px; border-radius: 50%; flex: none; } .card i.s1 { border-radius: 2px; }
-i.s0 { background: var(--s0); } i.s1 { background: var(--s1); }
-figure.plot { margin: 14px 0 6px; } svg { width: 100%; height: auto; display: block; overflow: visible; } svg.narrow { display: none; }
-svg text { font-size: 13px; fill: var(--fg); font-family: inherit; } svg .tick { font-size: 12px; fill: var(--soft); }
-svg .axis { font-size: 12.5px; fill: var(--soft); } svg .name, svg .value { font-weight: 600; } svg .value { font-size: 14px; }
-svg .name.s0 { fill: var(--s0); } svg .name.s1 { fill: var(--s1); } svg .grid { stroke: var(--line); stroke-width: 1; }
-svg .line { fill: none; stroke-width: 2.5; } svg .line.s0 { stroke: var(--s0); } svg .line.s1 { stroke: var(--s1); }
-svg .mark.s0, svg .bar.s0 { fill: var(--s0); } svg .mark.s1, svg .bar.s1 { fill: var(--s1); }
-svg .band.s0 { fill: var(--s0); opacity: .18; } svg .band.s1 { fill: var(--s1); opacity: .18; }
-svg .bar.b { opacity: var(--a2); } svg .bar.c { opacity: var(--a3); } svg .inbar { font-size: 12px; fill: var(--ink); font-weight: 600; }
-.warn { border-left: 3px solid var(--s1); padding: 6px 12px; background: var(--card); margin-top: 16px; } .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--soft); vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
-td small { font-size: .86em; } .groups th { text-align: center; border-bottom: 0; color: var(--fg); padding-bottom: 0; }
-td.wrap { white-space: normal; text-align: left; overflow-wrap: anywhere; } ul { padding-left: 1.15rem; } li { margin: .35rem 0; }
-code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
-@media (max-width: 640px) { main { padding: 20px 16px 40px; } h1 { font-size: 1.4rem; } .top { grid-template-columns: 1fr; gap: 14px; }
-  .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; object-position: 50% 12%; }
-  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 11px; } .card b { font-size: 1.05rem; }
-  .card div { gap: 5px; } .card span { font-size: .68rem; } td small { display: block; white-space: nowrap; }
-  svg.narrow { display: block; } svg.wide { display: none; } th, td { padding: 6px 3px; white-space: normal; } table { font-size: .8rem; } }
-"""
-
-
-def page(title: str, body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{CSS}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def cell(text: str) -> str:
-    """Escaped, with a spread in brackets set small so that a phone can break the line before it."""
-    value, bracket, rest = escape(text).partition(" (")
-    return f"{value} <small>({rest}</small>" if bracket and rest[:1].isdigit() else escape(text)
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], groups: Sequence[tuple[str, int]] = ()) -> str:
-    """groups: (text, columns) of a row above the heads."""
-    above = "".join(f'<th colspan="{columns}">{escape(text)}</th>' for text, columns in groups)
-    above = f'<tr class="groups">{above}</tr>' if groups else ""
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    lines = "\n".join("<tr>" + "".join(f"<td>{cell(c)}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table>\n<thead>{above}<tr>{head}</tr></thead>\n<tbody>\n{lines}\n</tbody></table></div>'
-
-
-def responsive(draw) -> str:
-    """draw(width, class) at both widths; the style sheet shows one of them."""
-    return f'<figure class="plot">{draw(WIDE, "wide")}\n{draw(NARROW, "narrow")}</figure>'
-
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
 
@@ -322,16 +240,6 @@ ROOF_ROWS = (
     ("matmul_gflops", "fp32 matrix product", "GFLOP/s"),
     ("exp_per_ns", "exponentials, L1-resident", "per ns"),
 )
-
-
-def environment_table(environment: dict) -> str:
-    rows = []
-    for key, value in environment.items():
-        if value in (None, "", {}, []):
-            continue
-        text = json.dumps(value) if isinstance(value, (dict, list)) else str(value)
-        rows.append(f"<tr><td>{escape(key.replace('_', ' '))}</td><td class=wrap>{escape(text)}</td></tr>")
-    return '<div class="scroll"><table><tbody>' + "\n".join(rows) + "</tbody></table></div>"
 
 
 def demo_page(r: dict, photo_jpeg: bytes | None = None) -> str:

@@ -13,21 +13,25 @@ from html import escape
 
 @dataclass(frozen=True)
 class Series:
-    """Points (x, y) of one line, with an optional band (low, high) around each, and the class that colours it."""
+    """Points (x, y) of one line, with an optional band (low, high) around each, and the class that colours it. A limit is drawn
+    dashed and without marks."""
 
     label: str
     points: Sequence[tuple[float, float]]
     bands: Sequence[tuple[float, float]] = ()
     style: str = "s0"
+    limit: bool = False
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One stacked bar: segments (label, value, class), drawn left to right, and the text at its end."""
+    """One stacked bar: segments (label, value, class), drawn left to right, the text at its end, and where its limit is drawn
+    as a line across it."""
 
     label: str
     segments: Sequence[tuple[str, float, str]]
     end: str
+    limit: float | None = None
 
 
 def text_width(text: str, size: float = 13) -> float:
@@ -47,8 +51,9 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten that frame [low, high]."""
-    return [10.0**k for k in range(math.floor(math.log10(low) + 1e-9), math.ceil(math.log10(high) - 1e-9) + 1)]
+    """Powers of ten that frame [low, high]: at least two."""
+    first = math.floor(math.log10(low) + 1e-9)
+    return [10.0**k for k in range(first, max(math.ceil(math.log10(high) - 1e-9), first + 1) + 1)]
 
 
 def _tag(name: str, content: str = "", **attributes) -> str:
@@ -69,9 +74,18 @@ def _frame(width: float, height: float, title: str, body: Sequence[str], cls: st
     return f'{head}xmlns="http://www.w3.org/2000/svg"><title>{escape(title)}</title>\n' + "\n".join(body) + "\n</svg>"
 
 
+def _polygon(style: str, *corners: tuple[float, float]) -> Callable[[float, float], str]:
+    return lambda x, y: _tag("polygon", points=" ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners), class_=f"mark {style}")
+
+
+# One shape per series, so that a page printed in grey still tells them apart.
 MARKS: dict[str, Callable[[float, float], str]] = {
     "s0": lambda x, y: _tag("circle", cx=x, cy=y, r=4.5, class_="mark s0"),
     "s1": lambda x, y: _tag("rect", x=x - 4, y=y - 4, width=8.0, height=8.0, class_="mark s1"),
+    "s2": _polygon("s2", (0, -5.5), (5, 4), (-5, 4)),
+    "s3": _polygon("s3", (0, -5.5), (5.5, 0), (0, 5.5), (-5.5, 0)),
+    "s4": _polygon("s4", (0, 5.5), (5, -4), (-5, -4)),
+    "s5": _polygon("s5", (-5, -2), (0, -5.5), (5, -2), (3, 4.5), (-3, 4.5)),
 }
 
 
@@ -86,14 +100,15 @@ def line_chart(
     x_ticks: Sequence[tuple[float, str]],
     y_text: Callable[[float], str],
     log_y: bool = False,
+    names: bool = True,
     cls: str = "",
 ) -> str:
-    """Lines over a logarithmic x axis; y linear from zero, or logarithmic. Each line carries its name above it."""
+    """Lines over a logarithmic x axis; y linear from zero, or logarithmic. Each line carries its name, unless a legend does."""
     values = [v for s in series for v in [y for _, y in s.points] + [b for band in s.bands for b in band]]
     ticks = log_ticks(min(values), max(values)) if log_y else nice_ticks(0, max(values) * 1.12)
     low, high = (ticks[0], ticks[-1]) if log_y else (0.0, max(ticks[-1], max(values) * 1.12))
     left = 14 + max(text_width(y_text(t), 12) for t in ticks)
-    right, top, bottom = 18.0, 34.0, 46.0
+    right, top, bottom = 18.0, 34.0 if names else 26.0, 46.0
     plot_width, plot_height = width - left - right, height - top - bottom
     xs = [math.log(x) for s in series for x, _ in s.points]
     x_low, x_high = min(xs), max(xs)
@@ -121,9 +136,13 @@ def line_chart(
             upper = [f"{px(x):.1f},{py(b[1]):.1f}" for (x, _), b in zip(s.points, s.bands)]
             lower = [f"{px(x):.1f},{py(b[0]):.1f}" for (x, _), b in zip(s.points, s.bands)]
             body.append(_tag("polygon", points=" ".join(upper + lower[::-1]), class_=f"band {s.style}"))
-        body.append(_tag("polyline", points=" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points), class_=f"line {s.style}"))
-        body += [MARKS.get(s.style, MARKS["s0"])(px(x), py(y)) for x, y in s.points]
-    body += _labels(series, px, py, left, width - right, top, height - bottom)
+        corners = [(px(x), py(y)) for x, y in s.points]
+        if s.limit and len(corners) == 1:  # a limit is a line, over one point too
+            corners = [(corners[0][0] + dx, corners[0][1]) for dx in (-inset, inset)]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
+        body.append(_tag("polyline", points=points, class_=f"{'limit' if s.limit else 'line'} {s.style}"))
+        body += [] if s.limit else [MARKS.get(s.style, MARKS["s0"])(px(x), py(y)) for x, y in s.points]
+    body += _labels(series, px, py, left, width - right, top, height - bottom) if names else []
     return _frame(width, height, title, body, cls)
 
 
@@ -151,7 +170,7 @@ def _labels(series: Sequence[Series], px, py, left: float, right: float, top: fl
 
 def stacked_bars(bars: Sequence[Bar], *, title: str, width: float, cls: str = "", bar_height: float = 26) -> str:
     """Horizontal stacked bars on one scale. Names stand above their bar, so that long ones fit a phone."""
-    total = max(sum(value for _, value, _ in bar.segments) for bar in bars)
+    total = max(max(sum(value for _, value, _ in bar.segments), bar.limit or 0) for bar in bars)
     end_room = 12 + max(text_width(bar.end, 14) for bar in bars)
     scale = (width - end_room) / total
     pitch = bar_height + 38
@@ -166,5 +185,9 @@ def stacked_bars(bars: Sequence[Bar], *, title: str, width: float, cls: str = ""
             if text_width(label, 12) + 10 < w:
                 body.append(_text(x + 7, y + bar_height / 2 + 4.5, label, "inbar"))
             x += w
+        if bar.limit is not None:
+            at = bar.limit * scale
+            body.append(_tag("line", x1=at, x2=at, y1=y - 3.0, y2=y + bar_height + 3.0, class_="limit"))
+            x = max(x, at)
         body.append(_text(x + 8, y + bar_height / 2 + 5, bar.end, "value"))
     return _frame(width, len(bars) * pitch - 6, title, body, cls)
