@@ -167,20 +167,23 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def compare(a: Timing, b: Timing) -> Ratio:
-    """How much slower a is than b, from their paired rounds. The interval holds for any distribution of noise: it is a
-    pair of order statistics, chosen so that a fair coin lands outside with probability <= 1%."""
-    seconds = dict(zip(b.rounds, b.samples))
-    ratios = sorted(s / seconds[r] for r, s in zip(a.rounds, a.samples) if r in seconds)
-    n = len(ratios)
-    if n == 0:
-        return Ratio(math.nan, math.nan, math.nan, 0)
-    tail, k = 0.0, 0
-    while (tail := tail + math.comb(n, k) * 0.5**n) <= 0.005:
+def median_interval(values: Sequence[float], error: float = 0.01) -> tuple[float, float]:
+    """Where the median lies, for any distribution of noise: a pair of order statistics, chosen so that a fair coin lands outside
+    with probability <= error. (0, inf) when the values are too few for that: 8 are needed at 1%."""
+    ordered, tail, k = sorted(values), 0.0, 0
+    n = len(ordered)
+    while n and (tail := tail + math.comb(n, k) * 0.5**n) <= error / 2:
         k += 1
-    if k == 0:  # fewer than 8 rounds carry no 99% interval
-        return Ratio(quantile(ratios, 0.5), 0.0, math.inf, n)
-    return Ratio(quantile(ratios, 0.5), ratios[k - 1], ratios[n - k], n)
+    return (ordered[k - 1], ordered[n - k]) if k else (0.0, math.inf)
+
+
+def compare(a: Timing, b: Timing) -> Ratio:
+    """How much slower a is than b, from their paired rounds: the median of their ratios and its 99% interval."""
+    seconds = dict(zip(b.rounds, b.samples))
+    ratios = [s / seconds[r] for r, s in zip(a.rounds, a.samples) if r in seconds]
+    if not ratios:
+        return Ratio(math.nan, math.nan, math.nan, 0)
+    return Ratio(quantile(ratios, 0.5), *median_interval(ratios), len(ratios))
 
 
 def storage_bytes(*values: Any) -> int:

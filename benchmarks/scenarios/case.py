@@ -108,6 +108,8 @@ class Result:
     status: str  # "run" or "not run"
     reason: str = ""  # why not; empty when run
     record: Record | None = None  # None when not run
+    samples: list[float] = field(default_factory=list)  # seconds a call, one of each block
+    rounds: list[int] = field(default_factory=list)  # in which each block ran: entries of one group share them
     group: int = 0  # entries of one group were measured in the same rounds; ratios across groups are of medians only
     joules: float | None = None  # a call, where the device reports its energy
     energy_source: str = ""
@@ -204,20 +206,24 @@ class Case:
         environment = environment or stamp(self.device)
         memory = _free(self.device)
         reasons = self.not_run(roofs, memory)
-        measured: dict[str, tuple[Record, int, float | None, str]] = {}
+        measured: dict[str, tuple[Record, Timing, int, float | None, str]] = {}
         for index, group in enumerate(self.groups([e for e in self.entries if e.name not in reasons], memory)):
             say(f"{self.id}: {', '.join(e.name for e in group)}")
             try:
                 done = self._measure(group, roofs, seconds or self.seconds, seed, environment, reasons)
             finally:
                 _release()
-            measured |= {name: (record, index, joules, source) for name, (record, joules, source) in done.items()}
+            measured |= {name: (record, timing, index, joules, source) for name, (record, timing, joules, source) in done.items()}
         return [self._result(e, Limit.of(e.cost, roofs), measured.get(e.name), reasons.get(e.name, "")) for e in self.entries]
+
+    def lost(self, roofs: Roofs, reason: str) -> list[Result]:
+        """What `run` would have returned, had it not ended otherwise: no entry run, each with its limit."""
+        return [self._result(e, Limit.of(e.cost, roofs), None, reason) for e in self.entries]
 
     def _measure(
         self, group: list[Entry], roofs: Roofs, seconds: float, seed: int, environment: dict, reasons: dict[str, str]
-    ) -> dict[str, tuple[Record, float | None, str]]:
-        """Name -> (record, joules a call, their source) of what ran; `reasons` gains what did not."""
+    ) -> dict[str, tuple[Record, Timing, float | None, str]]:
+        """Name -> (record, its samples, joules a call, their source) of what ran; `reasons` gains what did not."""
         POOL.keep({e.model for e in group})
         providers: dict[str, Provider] = {}
         trials: dict[str, float] = {}
@@ -252,7 +258,7 @@ class Case:
             energies = {name: joules_per_call(p, self.device) if self.energy else (None, "") for name, p in providers.items()}
         by_name = {e.name: e for e in group}
         return {
-            name: (self._record(by_name[name], timing, trials[name], roofs, environment), *energies[name])
+            name: (self._record(by_name[name], timing, trials[name], roofs, environment), timing, *energies[name])
             for name, timing in timings.items()
         }
 
@@ -267,13 +273,13 @@ class Case:
         )  # fmt: skip
 
     def _result(self, entry: Entry, limit: Limit, measured: tuple | None, reason: str) -> Result:
-        record, group, joules, source = measured or (None, 0, None, "")
+        record, timing, group, joules, source = measured or (None, None, 0, None, "")
         return Result(
             case=self.id, scenario=self.scenario, mode=self.mode, entry=entry.name, model=entry.model, setting=entry.setting,
             device=torch.device(self.device).type, dtype=self.dtype, parameters=self.parameters, unit=self.unit, units=entry.units,
             bytes=entry.cost.bytes, flops=entry.cost.flops, exps=entry.cost.exps, limit_seconds=limit.seconds, limit_by=limit.by,
             numbers=entry.numbers, status="run" if record else "not run", reason="" if record else reason, record=record, group=group,
-            joules=joules, energy_source=source,
+            samples=timing.samples if timing else [], rounds=timing.rounds if timing else [], joules=joules, energy_source=source,
         )  # fmt: skip
 
 
