@@ -58,12 +58,12 @@ def asked_by_transformers() -> bool:
 
 
 def functions_of(module_name: str):
-    """The `__getattr__` of a module that provides nothing. Code that imports a name gets a function that says so when called;
-    transformers, which asks for one and has a torch path of its own otherwise, gets none."""
+    """The `__getattr__` of a module that provides nothing. Code that imports a name gets a function that says so when called, or
+    a class, by the way the name is written; transformers, which asks for one and has a torch path of its own otherwise, gets none."""
 
     def __getattr__(name: str):
         if name.startswith("__") or asked_by_transformers():
             raise AttributeError(f"module {module_name} has no attribute {name}")
-        return function(f"{module_name}.{name}")
+        return (module if name[0].isupper() else function)(f"{module_name}.{name}")
 
     return __getattr__

@@ -5,6 +5,7 @@ The drawing is cobra_kernels.modules.sampling; the loop below only keeps upstrea
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from cobra_kernels.modules.sampling import Sampling
 
 
 class Decoded(NamedTuple):
-    """Where transformers is not installed: what its GreedySearchDecoderOnlyOutput has."""
+    """What transformers' GreedySearchDecoderOnlyOutput has, for callers that did not import it or have a version without it."""
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None
@@ -87,7 +88,8 @@ def decode(
     """input_ids (batch, seqlen) -> sequences (batch, up to max_length), prompt included, and the scores of each step if wanted.
 
     It ends when every row says eos_token_id in one step. teacher_outputs (batch, n): tokens to say instead. vocab_size: tokens that
-    can be drawn. cg: decode in a CUDA graph, where there is a GPU. Returns transformers' output object, or `Decoded` without it.
+    can be drawn. cg: decode in a CUDA graph, where there is a GPU. Returns transformers' output object, or `Decoded` where the caller
+    has none.
     """
     if streamer is not None:
         streamer.put(input_ids.cpu())
@@ -104,10 +106,12 @@ def decode(
     start = time.perf_counter()
     sequences, scores, tokens = input_ids, [], input_ids
     while True:
-        if cg and params.seqlen_offset > 0:
-            logits = cache.run(tokens, None, params.seqlen_offset).squeeze(1)
+        at = params.seqlen_offset
+        position_ids = torch.full((batch, 1), at, dtype=torch.long, device=tokens.device) if at else None  # for models that are not ours
+        if cg and at:
+            logits = cache.run(tokens, position_ids, at).squeeze(1)
         else:
-            logits = model(tokens, None, inference_params=params, num_last_tokens=1).logits.squeeze(1)
+            logits = model(tokens, position_ids=position_ids, inference_params=params, num_last_tokens=1).logits.squeeze(1)
         logits = logits[..., :vocab_size]
         params.seqlen_offset += tokens.shape[1]
         if output_scores:
@@ -134,11 +138,9 @@ def decode(
 
 
 def _output(sequences: Tensor, scores: tuple[Tensor, ...] | None, greedy: bool):
-    try:
-        from transformers.generation import GreedySearchDecoderOnlyOutput, SampleDecoderOnlyOutput
-    except ImportError:
-        return Decoded(sequences, scores)
-    return (GreedySearchDecoderOnlyOutput if greedy else SampleDecoderOnlyOutput)(sequences=sequences, scores=scores)
+    known = sys.modules.get("transformers.generation")  # not imported for this alone: it takes seconds
+    cls = getattr(known, "GreedySearchDecoderOnlyOutput" if greedy else "SampleDecoderOnlyOutput", Decoded)
+    return cls(sequences=sequences, scores=scores)
 
 
 class GenerationMixin:
@@ -168,7 +170,7 @@ class GenerationMixin:
 
 @dataclass
 class DecodingCGCache:
-    """One graph per (batch size, tokens a step), and the state that they share."""
+    """One graph per number of tokens a step, for one batch size, and the state that they share."""
 
     max_batch_size: int = 0
     max_seqlen: int = 0
@@ -188,7 +190,8 @@ def update_graph_cache(
     cache = DecodingCGCache() if cache is None else cache
     weight = next(iter(model.parameters()))
     dtype = weight.dtype if dtype is None else dtype
-    if (weight.device, dtype) != (cache.device, cache.dtype) or batch_size > cache.max_batch_size or max_seqlen > cache.max_seqlen:
+    # Another batch size needs another state, a smaller one too.
+    if (weight.device, dtype, batch_size) != (cache.device, cache.dtype, cache.max_batch_size) or max_seqlen > cache.max_seqlen:
         cache.callables, cache.mempool, cache.device, cache.dtype = {}, None, weight.device, dtype
         cache.max_batch_size, cache.max_seqlen = batch_size, max_seqlen
         states = model.allocate_inference_cache(batch_size, max_seqlen, dtype)
@@ -217,12 +220,17 @@ def update_graph_cache(
 def capture_graph(model, inference_params: InferenceParams, batch_size: int, max_seqlen: int, decoding_seqlen: int = 1, mempool=None, n_warmups: int = 2):
     """run(input_ids (batch_size, decoding_seqlen), position_ids, seqlen) -> logits; the state in inference_params is written."""
 
-    def forward(input_ids):
-        return model(input_ids, None, inference_params=inference_params, num_last_tokens=decoding_seqlen).logits
+    def forward(input_ids, position_ids):
+        out = model(input_ids, position_ids=position_ids, inference_params=inference_params, num_last_tokens=decoding_seqlen)
+        return out.logits
+
+    lengths = inference_params.lengths_per_sample
 
     def direct(input_ids, position_ids, seqlen):
         before, inference_params.seqlen_offset = inference_params.seqlen_offset, seqlen
-        out = forward(input_ids)
+        if lengths is not None:
+            lengths.fill_(seqlen)
+        out = forward(input_ids, position_ids)
         inference_params.seqlen_offset = before
         return out
 
@@ -230,24 +238,31 @@ def capture_graph(model, inference_params: InferenceParams, batch_size: int, max
     if device.type != "cuda":
         return direct
     held = torch.zeros(batch_size, decoding_seqlen, dtype=torch.long, device=device)
+    held_positions = torch.zeros_like(held)
     offset = inference_params.seqlen_offset
     inference_params.seqlen_offset = max_seqlen - decoding_seqlen  # above 0: a decoding step
+    if lengths is not None:
+        lengths.fill_(inference_params.seqlen_offset)
     states = [t.clone() for pair in inference_params.key_value_memory_dict.values() for t in pair]
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(n_warmups):
-            forward(held)
+            forward(held, held_positions)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=mempool):
-        logits = forward(held)
+        logits = forward(held, held_positions)
     inference_params.seqlen_offset = offset
     for t, kept in zip((t for pair in inference_params.key_value_memory_dict.values() for t in pair), states):
         t.copy_(kept)
 
     def replay(input_ids, position_ids, seqlen):
         held.copy_(input_ids)
+        if position_ids is not None:
+            held_positions.copy_(position_ids)
+        if lengths is not None:
+            lengths.fill_(seqlen)
         graph.replay()
         return logits.clone()
 

@@ -3,24 +3,72 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from cobra_kernels import errors
-from cobra_kernels.modules import lm
-from cobra_kernels.modules.lm import MambaConfig
+from cobra_kernels.modules import lm, mamba
 
 from .generation import GenerationMixin
+from .norms import RMSNorm
 
 CONFIG, WEIGHTS, SAFE_WEIGHTS = "config.json", "pytorch_model.bin", "model.safetensors"
 
 
+@dataclass
+class MambaConfig(lm.MambaConfig):
+    """With the fields of mamba_ssm 2.x, which must say that Mamba-1 is all there is."""
+
+    d_intermediate: int = 0
+    attn_layer_idx: list[int] = field(default_factory=list)
+    attn_cfg: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        plain = lm.MambaConfig.from_dict(vars(self))  # which knows what these fields may say
+        self.ssm_cfg = plain.ssm_cfg
+
+
+class Block(mamba.Block):
+    """mamba_ssm 2.x's: what mlp_cls makes, unless it is nn.Identity, is a second branch behind the mixer, with a norm of its own."""
+
+    def __init__(self, dim, mixer_cls, mlp_cls, norm_cls=nn.LayerNorm, fused_add_norm=False, residual_in_fp32=False):
+        super().__init__(dim, mixer_cls, norm_cls, fused_add_norm, residual_in_fp32)
+        self.mlp = None
+        if mlp_cls is not nn.Identity:
+            self.norm2 = norm_cls(dim)
+            self.mlp = mlp_cls(dim)
+
+    def forward(self, hidden_states, residual=None, inference_params=None, **mixer_kwargs):
+        """hidden_states, residual (batch, seqlen, dim) -> (hidden_states, residual); mixer_kwargs go to the mixer."""
+        hidden_states, residual = super().forward(hidden_states, residual, inference_params, **mixer_kwargs)
+        if self.mlp is not None:
+            hidden_states, residual = mamba.add_norm(
+                self.norm2, hidden_states, residual, fused=self.fused_add_norm, residual_in_fp32=self.residual_in_fp32
+            )
+            hidden_states = self.mlp(hidden_states)
+        return hidden_states, residual
+
+
+def _named_as_upstream(model: nn.Module) -> None:
+    """Gives the parts of a language model the classes by which mamba_ssm's callers know them; each does what the one it replaces does."""
+    for part in model.modules():
+        if type(part) is lm.MixerModel:
+            part.__class__ = MixerModel
+        elif type(part) is mamba.Block:
+            part.__class__, part.mlp, part.layer_idx = Block, None, part.mixer.layer_idx
+        elif type(part) is mamba.RMSNorm:
+            part.__class__, part.drop = RMSNorm, None
+
+
 def _config(d_model, n_layer, vocab_size, d_intermediate, ssm_cfg, attn_layer_idx, attn_cfg, **options) -> MambaConfig:
-    """Refuses what is not Mamba-1 through the checks of MambaConfig.from_dict."""
-    values = {"d_model": d_model, "n_layer": n_layer, "vocab_size": vocab_size, "ssm_cfg": dict(ssm_cfg or {}), "pad_vocab_size_multiple": 1}
-    return MambaConfig.from_dict({**values, **options, "d_intermediate": d_intermediate, "attn_layer_idx": attn_layer_idx, "attn_cfg": attn_cfg})
+    return MambaConfig(
+        d_model, n_layer, vocab_size, dict(ssm_cfg or {}), pad_vocab_size_multiple=1, d_intermediate=d_intermediate,
+        attn_layer_idx=attn_layer_idx or [], attn_cfg=attn_cfg or {}, **options,
+    )  # fmt: skip
 
 
 def create_block(
@@ -33,7 +81,7 @@ def create_block(
         residual_in_fp32=residual_in_fp32, fused_add_norm=fused_add_norm,
     )  # fmt: skip
     block = lm.create_block(config, layer_idx, device, dtype)
-    block.layer_idx = layer_idx
+    _named_as_upstream(block)
     return block
 
 
@@ -51,10 +99,15 @@ class MixerModel(lm.MixerModel):
             residual_in_fp32=residual_in_fp32, fused_add_norm=fused_add_norm,
         )  # fmt: skip
         super().__init__(config, initializer_cfg, device, dtype)
+        _named_as_upstream(self)
 
 
 class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
     """The language model with mamba_ssm's from_pretrained, save_pretrained and generate."""
+
+    def __init__(self, config: lm.MambaConfig, initializer_cfg: dict[str, Any] | None = None, device=None, dtype=None):
+        super().__init__(config, initializer_cfg, device, dtype)
+        _named_as_upstream(self)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name: str | Path, device=None, dtype: torch.dtype | None = None, **kwargs) -> MambaLMHeadModel:
@@ -65,8 +118,8 @@ class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
         config = MambaConfig.from_dict(load_config_hf(pretrained_model_name))
         model = cls(config, device="meta", dtype=dtype, **kwargs)
         weights = load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype)
-        if config.tie_embeddings:
-            weights.setdefault("lm_head.weight", weights.get("backbone.embedding.weight"))
+        if config.tie_embeddings and "backbone.embedding.weight" in weights:
+            weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
         _check_weights(model, weights, pretrained_model_name)
         model.load_state_dict(weights, assign=True)
         model.tie_weights()
@@ -77,7 +130,10 @@ class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.state_dict(), folder / WEIGHTS)
-        (folder / CONFIG).write_text(json.dumps(vars(self.config), indent=4))
+        values = {f.name: getattr(self.config, f.name) for f in fields(lm.MambaConfig)}
+        if self.config.norm_epsilon == lm.MambaConfig.norm_epsilon:
+            del values["norm_epsilon"]  # mamba_ssm knows no other, and refuses the key
+        (folder / CONFIG).write_text(json.dumps(values, indent=4))
 
 
 def _check_weights(model, weights: dict[str, torch.Tensor], source) -> None:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import cobra_kernels
+from cobra_kernels.modules import mamba
 
 
 def layer_norm_linear(x, norm_weight, norm_bias, linear_weight, linear_bias, residual, eps, prenorm, residual_in_fp32, is_rms_norm):
@@ -45,3 +46,17 @@ def parallel_norm(
     if return_dropout_mask:
         out += [masks[0], masks[1] if x1 is not None else None]
     return out[0] if len(out) == 1 else tuple(out)
+
+
+class RMSNorm(mamba.RMSNorm):
+    """mamba_ssm 2.x's: in training, dropout of what is added to the residual."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-5, dropout_p: float = 0.0, device=None, dtype=None):
+        super().__init__(hidden_size, eps, device, dtype)
+        self.drop = torch.nn.Dropout(dropout_p) if dropout_p > 0 else None
+
+    def forward(self, x, residual=None, prenorm=False, residual_in_fp32=False):
+        """x, residual (..., hidden_size) -> y like x; with prenorm (y, x + residual)."""
+        if self.drop is not None:
+            x = self.drop(x)
+        return super().forward(x, residual, prenorm, residual_in_fp32)

@@ -1,6 +1,6 @@
 """The raw C++ entries of upstream, for code that calls them directly: positional arguments, results as lists or written in place.
 
-causal_conv1d_cuda changed its arguments twice; the number of arguments tells which form a caller was written for.
+causal_conv1d_cuda changed its arguments three times; the number of arguments tells which form a caller was written for.
 """
 
 from __future__ import annotations
@@ -65,6 +65,21 @@ def scan_bwd(u, delta, A, B, C, D, z, delta_bias, dout, x, out, dz, delta_softpl
     return results
 
 
+# --- selective_scan_cuda_core and selective_scan_cuda_oflex, of VMamba -----------------------------------------------
+
+
+def vmamba_scan_fwd(u, delta, A, B, C, D, delta_bias, delta_softplus, nrows, out_float=False):
+    """[out, x] as scan_fwd without a gate. nrows tunes the kernel of VMamba and is not used. out_float: out is fp32."""
+    u = u.float() if out_float and u.dtype != torch.float64 else u
+    return scan_fwd(u, delta, A, B, C, D, None, delta_bias, delta_softplus)
+
+
+def vmamba_scan_bwd(u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus, nrows):
+    """[du, ddelta, dA, dB, dC, dD, ddelta_bias]; dout is fp32 for an fp32 out, du has u's dtype all the same."""
+    du, *rest = scan_bwd(u.to(dout.dtype), delta, A, B, C, D, None, delta_bias, dout, x, None, None, delta_softplus, False)
+    return [du.to(u.dtype), *rest]
+
+
 # --- causal_conv1d_cuda and causal_conv1d.cpp_functions --------------------------------------------------------------
 
 
@@ -100,8 +115,11 @@ def _refuse(name: str, count: int, forms: dict[int, str]):
 
 
 def causal_conv1d_fwd(*args):
-    """1.1: (x, weight, bias, seq_idx, silu) and 1.2 to 1.5.0: (.., seq_idx, initial_states, final_states_out, silu) return out;
-    from 1.5.1: (.., initial_states, out, final_states_out, silu) writes out."""
+    """1.0: (x, weight, bias, silu), 1.1: (.., seq_idx, silu) and 1.2 to 1.5.0: (.., seq_idx, initial_states, final_states_out, silu)
+    return out; from 1.5.1: (.., initial_states, out, final_states_out, silu) writes out."""
+    if len(args) == 4:
+        x, weight, bias, silu = args
+        return causal_conv1d_fwd_function(x, weight, bias, None, None, None, silu)
     if len(args) == 5:
         x, weight, bias, seq_idx, silu = args
         return causal_conv1d_fwd_function(x, weight, bias, seq_idx, None, None, silu)
@@ -111,12 +129,16 @@ def causal_conv1d_fwd(*args):
         x, weight, bias, seq_idx, initial_states, out, final_states_out, silu = args
         out.copy_(causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_states_out, silu))
         return None
-    return _refuse("causal_conv1d_fwd", len(args), {5: "1.1", 7: "1.2 to 1.5.0", 8: "1.5.1 and later"})
+    return _refuse("causal_conv1d_fwd", len(args), {4: "1.0", 5: "1.1", 7: "1.2 to 1.5.0", 8: "1.5.1 and later"})
 
 
 def causal_conv1d_bwd(*args):
-    """1.1: (x, weight, bias, dout, seq_idx, dx, silu) -> (dx, dweight, dbias); 1.2 to 1.5.0: cpp_functions' form -> four gradients;
-    from 1.5.1: (x, weight, bias, dout, seq_idx, initial_states, dfinal_states, dx, dweight, dbias, dinitial_states, silu) writes them."""
+    """1.0: (x, weight, bias, dout, dx, silu), 1.1: (.., dout, seq_idx, dx, silu) -> (dx, dweight, dbias); 1.2 to 1.5.0:
+    cpp_functions' form -> four gradients; from 1.5.1: (.., dout, seq_idx, initial_states, dfinal_states, dx, dweight, dbias,
+    dinitial_states, silu) writes them."""
+    if len(args) == 6:
+        x, weight, bias, dout, dx, silu = args
+        return causal_conv1d_bwd_function(x, weight, bias, dout, None, None, None, dx, False, silu)[:3]
     if len(args) == 7:
         x, weight, bias, dout, seq_idx, dx, silu = args
         return causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, None, None, dx, False, silu)[:3]
@@ -129,19 +151,19 @@ def causal_conv1d_bwd(*args):
             if buffer is not None and gradient is not None:
                 buffer.copy_(gradient)
         return None
-    return _refuse("causal_conv1d_bwd", len(args), {7: "1.1", 10: "1.2 to 1.5.0", 12: "1.5.1 and later"})
+    return _refuse("causal_conv1d_bwd", len(args), {6: "1.0", 7: "1.1", 10: "1.2 to 1.5.0", 12: "1.5.1 and later"})
 
 
 def causal_conv1d_update(*args):
-    """Up to 1.3: (x, conv_state, weight, bias, silu), then with cache_seqlens, then with conv_state_indices: all return out; from 1.5.1:
-    (x, conv_state, weight, bias, out, silu, cache_seqlens, conv_state_indices) writes out. conv_state is written always."""
+    """Up to 1.3: (x, conv_state, weight, bias, silu), then with cache_seqlens, then with conv_state_indices: all return out; from
+    1.5.1: (x, conv_state, weight, bias, out, silu, cache_seqlens, conv_state_indices) writes out. conv_state is written always."""
     if len(args) in (5, 6, 7):
         return causal_conv1d_update_function(*args)
     if len(args) == 8:
         x, conv_state, weight, bias, out, silu, cache_seqlens, conv_state_indices = args
         out.copy_(causal_conv1d_update_function(x, conv_state, weight, bias, silu, cache_seqlens, conv_state_indices))
         return None
-    return _refuse("causal_conv1d_update", len(args), {5: "1.1", 6: "1.4", 7: "1.5.0", 8: "1.5.1 and later"})
+    return _refuse("causal_conv1d_update", len(args), {5: "1.0 to 1.3", 6: "1.4", 7: "1.5.0", 8: "1.5.1 and later"})
 
 
 def causal_conv1d_varlen_states(x: torch.Tensor, cu_seqlens: torch.Tensor, state_len: int) -> torch.Tensor:

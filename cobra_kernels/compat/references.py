@@ -153,7 +153,7 @@ def layer_norm_ref(
     x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None, prenorm=False,
     dropout_mask=None, dropout_mask1=None, upcast=False,
 ):  # fmt: skip
-    """LayerNorm of x (+ x1) (+ residual), by torch; see `_norm_ref`."""
+    """LayerNorm of x (+ x1) (+ residual), by torch, in the argument order of mamba_ssm 2.x; see `_norm_ref`."""
     return _norm_ref(_layer_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast)
 
 
@@ -161,8 +161,18 @@ def rms_norm_ref(
     x, weight, bias, residual=None, x1=None, weight1=None, bias1=None, eps=1e-6, dropout_p=0.0, rowscale=None, prenorm=False,
     dropout_mask=None, dropout_mask1=None, upcast=False,
 ):  # fmt: skip
-    """RMSNorm of x (+ x1) (+ residual), by torch; see `_norm_ref`."""
+    """RMSNorm of x (+ x1) (+ residual), by torch, in the argument order of mamba_ssm 2.x; see `_norm_ref`."""
     return _norm_ref(_rms_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast)
+
+
+def layer_norm_ref_v1(x, weight, bias, residual=None, eps=1e-6, prenorm=False, upcast=False):
+    """LayerNorm in the argument order of mamba_ssm 1.x."""
+    return layer_norm_ref(x, weight, bias, residual, eps=eps, prenorm=prenorm, upcast=upcast)
+
+
+def rms_norm_ref_v1(x, weight, bias, residual=None, eps=1e-6, prenorm=False, upcast=False):
+    """RMSNorm in the argument order of mamba_ssm 1.x."""
+    return rms_norm_ref(x, weight, bias, residual, eps=eps, prenorm=prenorm, upcast=upcast)
 
 
 def _layer_norm(s, weight, bias, eps):
@@ -175,7 +185,7 @@ def _rms_norm(s, weight, bias, eps):
 
 
 def _norm_ref(norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, mask, mask1, upcast):
-    """y, or (y, y1) with a second weight, and the sum with prenorm. A mask (rows,  dim) says what dropout kept."""
+    """y, or (y, y1) with a second weight, and the sum with prenorm. A mask (rows, dim) says what dropout kept."""
     dtype = x.dtype
     if upcast:
         x, x1, residual, weight, bias, weight1, bias1 = (_wide(t) for t in (x, x1, residual, weight, bias, weight1, bias1))

@@ -1,20 +1,23 @@
 """Hugging Face transformers 5 on our kernels after it was imported: apply_to_transformers(). Before the import, install() is enough.
 
-Modeling files decide at import which functions they call, and keep them as globals. This replaces those globals, in every modeling file
-that is loaded or in those of one model, and undo() puts them back.
+Modeling files decide at import which functions they call, and keep them as globals. This replaces those globals, and the forward of
+Mamba-1 mixers, in every modeling file that is loaded or in those of one model; undo() puts them back.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.machinery
 import inspect
 import sys
 import threading
 from contextvars import ContextVar
 
 import torch
+from torch import nn
 
 import cobra_kernels
+from cobra_kernels.linear import apply_linear, is_plain, linear
 
 PREFIX = "transformers.models."
 # The states that a mixer's next scans start from, in their order: see continue_from_cache.
@@ -66,37 +69,36 @@ def mamba_inner_fn(
     )  # fmt: skip
 
 
+def _separate_layers(xz, *args, **kwargs):
+    """mamba_inner_fn of a modeling file whose mixer has our forward: what comes here has an adapter, a hook, a parametrization in it."""
+
+
 # What modeling files call these functions.
 FUNCTIONS = {
     "causal_conv1d_fn": causal_conv1d_fn,
     "causal_conv1d_update": causal_conv1d_update,
-    "mamba_inner_fn": mamba_inner_fn,
+    "mamba_inner_fn": _separate_layers,
     "mamba_selective_scan": selective_scan_fn,
     "mamba_selective_state_update": selective_state_update,
     "mamba2_selective_state_update": selective_state_update,
 }
+# Mixers with one in_proj, conv1d, x_proj, dt_proj and out_proj each; those of FalconMamba and Jamba norm dt, B and C between.
+MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 
 
-def apply_to_transformers(model: torch.nn.Module | None = None, *, continue_from_cache: bool = False) -> list[str]:
+def apply_to_transformers(model: nn.Module | None = None, *, continue_from_cache: bool = False) -> list[str]:
     """Makes modeling files of transformers that are loaded, or those that `model` is made of, call our kernels.
 
+    model: its weights and modules stay as they are; other models of the same families are served too. A mixer that is more than its
+        plain layers (adapters, hooks, quantized weights) keeps its own forward, and gets the single functions.
     continue_from_cache: a forward of several tokens with a cache continues the recurrence of Mamba-1 layers; transformers itself starts
         it again from zero, so that a prompt read in pieces is forgotten.
     Returns what was replaced, as "module.name". Calling it again replaces nothing twice.
     """
     with _lock:
-        done = []
-        for module in _modeling_files(model):
-            for name, function in FUNCTIONS.items():
-                original = getattr(module, name, None)
-                if callable(original) and getattr(original, "__module__", None) == module.__name__ and not hasattr(original, "_cobra_kernels"):
-                    _replace(module, name, _called_like(original, function))
-                    done.append(f"{module.__name__}.{name}")
-            if continue_from_cache and hasattr(module, "mamba_selective_scan"):
-                for name, mixer in vars(module).items():
-                    if inspect.isclass(mixer) and name.endswith("Mixer") and not hasattr(mixer.forward, "_cobra_kernels"):
-                        _replace(mixer, "forward", _continuing(mixer.forward))
-                        done.append(f"{module.__name__}.{name}.forward")
+        done = [name for module in _modeling_files(model) for name in _apply(module)]
+        if continue_from_cache:
+            done += [name for module in _modeling_files(model) for name in _continue(module) if name not in done]
         return done
 
 
@@ -108,6 +110,40 @@ def undo() -> None:
             setattr(owner, name, original)
 
 
+class _OnImport:
+    """A finder in front of the others: modeling files are changed as soon as they are loaded."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None):
+        if not name.startswith(PREFIX) or ".modeling_" not in name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = _then_apply(spec.loader.exec_module)
+        return spec
+
+
+def apply_on_import() -> None:
+    """From here on, modeling files call our kernels as soon as they are imported. For install()."""
+    if _OnImport not in sys.meta_path:
+        sys.meta_path.insert(0, _OnImport)
+
+
+def stop_on_import() -> None:
+    """Ends apply_on_import(); what was imported meanwhile stays, for undo()."""
+    if _OnImport in sys.meta_path:
+        sys.meta_path.remove(_OnImport)
+
+
+def _then_apply(load):
+    def exec_module(module):
+        load(module)
+        with _lock:
+            _apply(module)
+
+    return exec_module
+
+
 def _modeling_files(model):
     if model is None:
         names = [name for name in sys.modules if name.startswith(PREFIX) and ".modeling_" in name]
@@ -116,40 +152,146 @@ def _modeling_files(model):
     return [sys.modules[name] for name in names]
 
 
-def _replace(owner, name: str, replacement) -> None:
+def _apply(module) -> list[str]:
+    """Replaces the functions of one modeling file, and the forward of its mixers where they are Mamba-1's."""
+    done = []
+    for name, function in FUNCTIONS.items():
+        original = getattr(module, name, None)
+        if callable(original) and getattr(original, "__module__", None) == module.__name__ and not hasattr(original, "_cobra_kernels"):
+            done.append(_replace(module, name, _called_like(original, function)))
+    for mixer in _mixers(module):
+        if mixer.__name__ in MIXERS and not hasattr(mixer.forward, "_cobra_kernels"):
+            done.append(_replace(mixer, "forward", _without_detours(mixer.forward)))
+    return done
+
+
+def _continue(module) -> list[str]:
+    return [_replace(mixer, "forward", _continuing(mixer.forward)) for mixer in _mixers(module) if not hasattr(mixer.forward, "_continues")]
+
+
+def _mixers(module) -> list[type]:
+    """The classes of a modeling file that call mamba_selective_scan."""
+    if not hasattr(module, "mamba_selective_scan"):
+        return []
+    return [kind for name, kind in vars(module).items() if inspect.isclass(kind) and name.endswith("Mixer")]
+
+
+def _replace(owner, name: str, replacement) -> str:
     _replaced.append((owner, name, getattr(owner, name)))
     setattr(owner, name, replacement)
+    return f"{owner.__module__}.{owner.__name__}.{name}" if inspect.isclass(owner) else f"{owner.__name__}.{name}"
+
+
+def _serves(first: torch.Tensor, activation: str | None) -> bool:
+    """Whether our kernels have code for it. transformers makes A and D fp32 in fp64 models too, a mix that they refuse."""
+    return first.dtype != torch.float64 and (first.is_cpu or first.is_cuda) and activation in (None, "silu", "swish")
 
 
 def _called_like(original, function):
-    """`function` for callers of `original`: keywords that only its torch path knows are dropped, as transformers does for kernels."""
+    """`function` for callers of `original`: keywords that only its torch path knows are dropped, as transformers does for kernels.
+    What our kernels have no code for stays with the torch path."""
     known = inspect.signature(function).parameters
+    torch_path = inspect.unwrap(original)
 
     @functools.wraps(original)
-    def call(*args, **kwargs):
-        return function(*args, **{name: value for name, value in kwargs.items() if name in known})
+    def call(first, *args, **kwargs):
+        if not _serves(first, kwargs.get("activation", "silu")):
+            return torch_path(first, *args, **kwargs)
+        return function(first, *args, **{name: value for name, value in kwargs.items() if name in known})
 
     call._cobra_kernels = True
     return call
+
+
+def _without_detours(original):
+    """A Mamba-1 mixer's forward on the same calls, with products on the faster library, dt, B and C read where they lie, and one op for
+    all behind in_proj where gradients are wanted. It keeps to `original` where a layer between is more than its weight and bias."""
+
+    @functools.wraps(original)
+    def forward(self, hidden_states, cache_params=None, attention_mask=None, **kwargs):
+        conv1d, dt_proj, dtype = self.conv1d, self.dt_proj, hidden_states.dtype
+        if (
+            not (is_plain(conv1d, nn.Conv1d) and is_plain(dt_proj, nn.Linear))
+            or not _serves(hidden_states, self.activation)
+            or kwargs.get("seq_idx") is not None
+            or torch.compiler.is_compiling()
+        ):
+            return original(self, hidden_states, cache_params, attention_mask, **kwargs)
+        seqlen, layer = hidden_states.shape[1], self.layer_idx
+        conv_state = ssm_state = None
+        if cache_params is not None:
+            conv_state, ssm_state = cache_params.get_conv_state(layer, state_idx=0), cache_params.get_recurrent_state(layer, state_idx=0)
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, :, None]
+            hidden_states = (hidden_states * attention_mask).to(dtype)
+        xz = apply_linear(self.in_proj, hidden_states).transpose(1, 2)
+        A = -torch.exp(self.A_log.float())
+        normed = hasattr(self, "dt_layernorm")
+        if _wants_inner(self, cache_params, attention_mask, normed):
+            return cobra_kernels.mamba_inner(
+                xz, conv1d.weight, conv1d.bias, self.x_proj.weight, dt_proj.weight, self.out_proj.weight, self.out_proj.bias, A, D=self.D,
+                delta_bias=dt_proj.bias,
+            )  # fmt: skip
+        u, z = xz.chunk(2, dim=1)  # (batch, dim, seqlen), channel-last
+
+        weight = conv1d.weight.squeeze(1)
+        if conv_state is not None and seqlen == 1 and not cache_params.is_recording_past(layer):
+            u = cobra_kernels.causal_conv1d_update(u, conv_state, weight, conv1d.bias, self.activation)
+        else:
+            if cache_params is not None:
+                u = cache_params.update_conv_state(u, layer, conv_kernel_size=self.conv_kernel_size)
+            u = cobra_kernels.causal_conv1d(u, weight, conv1d.bias, activation=self.activation)[:, :, -seqlen:]
+        if attention_mask is not None:
+            u = (u.transpose(1, 2) * attention_mask).to(u.dtype).transpose(1, 2)
+
+        sizes = [self.time_step_rank, self.ssm_state_size, self.ssm_state_size]
+        dt, B, C = apply_linear(self.x_proj, u.transpose(1, 2)).split(sizes, dim=-1)
+        if normed:
+            dt, B, C = self.dt_layernorm(dt), self.b_layernorm(B), self.c_layernorm(C)
+        delta = linear(dt, dt_proj.weight)  # (batch, seqlen, dim)
+        if ssm_state is not None and seqlen == 1:
+            y = cobra_kernels.selective_state_update(
+                ssm_state, u[..., 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D, z[..., 0], dt_proj.bias, dt_softplus=True
+            )
+            return apply_linear(self.out_proj, y[:, None].to(dtype))
+        y = selective_scan_fn(
+            u, delta.transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), self.D, z, dt_proj.bias, delta_softplus=True,
+            return_last_state=cache_params is not None,
+        )  # fmt: skip
+        if cache_params is not None:
+            y, last_state = y
+            cache_params.update_recurrent_state(last_state, layer)
+        return apply_linear(self.out_proj, y.transpose(1, 2).to(dtype))
+
+    forward._cobra_kernels = True
+    return forward
+
+
+def _wants_inner(mixer, cache_params, attention_mask, normed: bool) -> bool:
+    """Whether mamba_inner is all that is left to do: it keeps no cache, masks nothing behind the convolution, norms nothing before dt_proj,
+    and calls no layer."""
+    if not torch.is_grad_enabled() or cache_params is not None or normed:
+        return False
+    if attention_mask is not None and not (attention_mask.is_cpu and bool(attention_mask.all())):  # asking a GPU would wait for it
+        return False
+    return is_plain(mixer.x_proj, nn.Linear) and is_plain(mixer.out_proj, nn.Linear)
 
 
 def _continuing(forward):
     """A mixer's forward that starts its scan from the cached state when it is given more than one token."""
 
     @functools.wraps(forward)
-    def continuing(self, hidden_states, *args, **kwargs):
-        bound = inspect.signature(forward).bind(self, hidden_states, *args, **kwargs).arguments
-        cache = bound.get("cache_params", bound.get("past_key_values"))
+    def continuing(self, hidden_states, cache_params=None, *args, **kwargs):
         states: tuple[torch.Tensor, ...] = ()
-        if cache is not None and hidden_states.shape[1] > 1:
-            state = cache.get_recurrent_state(self.layer_idx, state_idx=0)
+        if cache_params is not None and hidden_states.shape[1] > 1:
+            state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
             if state is not None:  # a layer of several heads, (batch, heads, dim, dstate), scans one after the other
                 states = state.clone().unbind(1) if state.dim() == 4 else (state.clone(),)
         token = _initial_states.set(states)
         try:
-            return forward(self, hidden_states, *args, **kwargs)
+            return forward(self, hidden_states, cache_params, *args, **kwargs)
         finally:
             _initial_states.reset(token)
 
-    continuing._cobra_kernels = True
+    continuing._continues = True
     return continuing

@@ -52,11 +52,12 @@ def test_update_shifts_and_turns():
         assert torch.equal(state.double(), wide)
 
 
-def test_the_three_forms_of_the_raw_forward():
+def test_the_forms_of_the_raw_forward():
     raw = importlib.import_module("causal_conv1d_cuda")
     x, weight, bias, initial = inputs()
     want = expected(x, weight, bias, initial, activation="silu")
     plain = expected(x, weight, bias, activation="silu")
+    assert_close(raw.causal_conv1d_fwd(x, weight, bias, True), plain, 1e-6)
     assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, True), plain, 1e-6)
     assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, None, None, True), plain, 1e-6)
     assert_close(raw.causal_conv1d_fwd(x, weight, bias, None, initial, None, True), want, 1e-6)
@@ -64,11 +65,11 @@ def test_the_three_forms_of_the_raw_forward():
     assert raw.causal_conv1d_fwd(x, weight, bias, None, initial, out, final, True) is None
     assert_close(out, want, 1e-6)
     assert torch.equal(final, x[..., -3:])
-    with pytest.raises(ValueError, match="6 arguments, expected 5"):
+    with pytest.raises(ValueError, match="6 arguments, expected 4 .1.0.; 5"):
         raw.causal_conv1d_fwd(x, weight, bias, None, None, True)
 
 
-def test_the_three_forms_of_the_raw_backward():
+def test_the_forms_of_the_raw_backward():
     raw = importlib.import_module("causal_conv1d_cuda")
     x, weight, bias, initial = inputs()
     dout = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
@@ -81,8 +82,13 @@ def test_the_three_forms_of_the_raw_backward():
         for g, w in zip(got, wanted, strict=True):
             assert_close(g, w, GRADIENT[torch.float32])
 
+    same(raw.causal_conv1d_bwd(x, weight, bias, dout, None, True), plain)
     same(raw.causal_conv1d_bwd(x, weight, bias, dout, None, None, True), plain)
-    dx = torch.empty_like(x)
+    dxz = torch.zeros(2, 20, 17)
+    dx = dxz.chunk(2, dim=1)[0]  # where mamba_ssm's block wants it
+    assert raw.causal_conv1d_bwd(x, weight, bias, dout, None, dx, True)[0] is dx
+    assert_close(dxz[:, :10], plain[0], GRADIENT[torch.float32])
+    assert (dxz[:, 10:] == 0).all()
     got = raw.causal_conv1d_bwd(x, weight, bias, dout, None, initial, None, dx, True, True)
     same(got, want)
     assert got[0] is dx

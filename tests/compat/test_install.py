@@ -15,21 +15,21 @@ import pytest
 
 import cobra_kernels
 from cobra_kernels import compat
-from cobra_kernels.compat.install import SHIMS
+from cobra_kernels.compat.install import NAMES, SHIMS
 
-PACKAGES = ("mamba_ssm", "causal_conv1d")
 MODULES = """
 mamba_ssm mamba_ssm.ops mamba_ssm.ops.selective_scan_interface mamba_ssm.ops.triton mamba_ssm.ops.triton.selective_state_update
 mamba_ssm.ops.triton.layernorm mamba_ssm.ops.triton.layer_norm mamba_ssm.ops.triton.ssd_combined mamba_ssm.ops.triton.layernorm_gated
 mamba_ssm.modules mamba_ssm.modules.mamba_simple mamba_ssm.modules.block mamba_ssm.modules.mamba2 mamba_ssm.modules.mamba3
 mamba_ssm.models mamba_ssm.models.mixer_seq_simple mamba_ssm.models.config_mamba mamba_ssm.utils mamba_ssm.utils.generation
-mamba_ssm.utils.hf selective_scan_cuda causal_conv1d causal_conv1d.causal_conv1d_interface causal_conv1d.causal_conv1d_varlen
+mamba_ssm.utils.hf mamba_ssm.utils.torch mamba_ssm.distributed.tensor_parallel mamba_ssm.modules.ssd_minimal selective_scan_cuda
+selective_scan_cuda_core selective_scan_cuda_oflex causal_conv1d causal_conv1d.causal_conv1d_interface causal_conv1d.causal_conv1d_varlen
 causal_conv1d.cpp_functions causal_conv1d_cuda
 """.split()
 
 
 def state():
-    names = [name for name in sys.modules if name.split(".")[0] in (*PACKAGES, "selective_scan_cuda", "causal_conv1d_cuda")]
+    names = [name for name in sys.modules if name.split(".")[0] in NAMES]
     return list(sys.path), os.environ.get("PYTHONPATH"), {name: sys.modules[name] for name in names}
 
 
@@ -64,7 +64,7 @@ def test_what_it_finds_is_left_alone(tmp_path, monkeypatch):
     real = importlib.import_module("mamba_ssm")
     found = compat.install()
     assert "the installed package" in found["mamba_ssm"] and "cobra_kernels" in found["causal_conv1d"]
-    assert compat.installed() == ("causal_conv1d",)
+    assert set(compat.installed()) == set(NAMES) - {"mamba_ssm"}
     assert importlib.import_module("mamba_ssm") is real
     assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
 
@@ -91,7 +91,7 @@ def test_again_changes_nothing():
     module = importlib.import_module("mamba_ssm")
     second = compat.install()
     assert sys.path == path and importlib.import_module("mamba_ssm") is module
-    assert first.keys() == second.keys() == set(PACKAGES)
+    assert first.keys() == second.keys() == set(NAMES)
 
 
 def test_from_many_threads():
@@ -100,7 +100,7 @@ def test_from_many_threads():
         thread.start()
     for thread in threads:
         thread.join()
-    assert [entry for entry in sys.path if "shims" in entry] == [str(SHIMS / package) for package in PACKAGES]
+    assert [entry for entry in sys.path if "shims" in entry] == [str(SHIMS / name) for name in NAMES]
 
 
 def test_versions_and_metadata(shims):

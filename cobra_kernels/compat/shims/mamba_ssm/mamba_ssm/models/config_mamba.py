@@ -1,5 +1,5 @@
 """The configuration of a language model."""
 
-from cobra_kernels.modules.lm import MambaConfig
+from cobra_kernels.compat.lm import MambaConfig
 
 __all__ = ["MambaConfig"]

@@ -1,4 +1,4 @@
-"""The language model: the very classes of cobra_kernels.modules, with upstream's way to build a block."""
+"""The language model of cobra_kernels.modules, with upstream's ways to build, load and save it."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where mamba_ssm 2.x keeps Block."""
+"""The Block of mamba_ssm 2.x, which takes an mlp_cls."""
 
-from cobra_kernels.modules.mamba import Block
+from cobra_kernels.compat.lm import Block
 
 __all__ = ["Block"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from cobra_kernels.compat.norms import layer_norm_linear, parallel_norm
+from cobra_kernels.compat.absent import function
+from cobra_kernels.compat.norms import RMSNorm, layer_norm_linear, parallel_norm
 from cobra_kernels.compat.references import layer_norm_ref, rms_norm_ref
-from cobra_kernels.modules.mamba import RMSNorm
 
-__all__ = ["LayerNormFn", "RMSNorm", "layer_norm_fn", "layer_norm_linear_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
+__all__ = ["LayerNormFn", "LayerNormLinearFn", "RMSNorm", "layer_norm_fn", "layer_norm_linear_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
 
 
 def layer_norm_fn(
@@ -40,3 +40,13 @@ class LayerNormFn:
     """Upstream's autograd function, as far as callers see it."""
 
     apply = staticmethod(layer_norm_fn)
+
+
+class LayerNormLinearFn:
+    """Upstream's autograd function, as far as callers see it."""
+
+    apply = staticmethod(layer_norm_linear_fn)
+
+
+_layer_norm_fwd = function("mamba_ssm.ops.triton.layer_norm._layer_norm_fwd", "layer_norm_fn")
+_layer_norm_bwd = function("mamba_ssm.ops.triton.layer_norm._layer_norm_bwd", "layer_norm_fn")
