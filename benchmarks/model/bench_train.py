@@ -1,10 +1,18 @@
-"""One training step of the Mamba language model, 130M shape, fp32, batch 2 x 512 tokens: loss of the next token, forward and backward.
-`python -m benchmarks.model.bench_train --threads 2`
+"""One training step of the Mamba language model: loss of the next token, forward and backward.
+`python -m benchmarks.model.bench_train --threads 2`, on a GPU `--device cuda`
+
+On a CPU: 130M shape, fp32, batch 2 x 512 tokens.
 
 130m    the whole model. Yardstick: its matrix products alone, forward, for inputs and for weights, by the faster library.
-sixth   4 of the 24 layers and a sixth of the vocabulary: every part of the step in its share, in a sixth of the time, because the peers
-        take many seconds for the whole. The same weights in transformers' Mamba (the slow path, as it runs without CUDA kernels)
-        and in mambapy (its parallel scan; its layers, with the embedding, norm and head of ours)."""
+24th    1 of the 24 layers and a 24th of the vocabulary: every part of the step in its share, because the peers take minutes for the
+        whole. The same weights in transformers' Mamba (the slow path, as it runs without CUDA kernels: its loop reads step t as a
+        slice, whose gradient is a tensor of all steps, so a step of training costs the square of the length)
+        and in mambapy (its parallel scan; its layers, with the embedding, norm and head of ours).
+
+On a GPU: 370M shape, 4 x 8192 tokens, fp32 weights under bf16 autocast.
+370m    next to a Llama-shaped Transformer of its parameter count (within 1%) that attends through SDPA without a mask, so by FlashAttention;
+        each as it is and under torch.compile. Two models: their losses are not compared.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +31,9 @@ from benchmarks.harness.timing import Provider
 from benchmarks.shapes import LM, LMShape
 from cobra_kernels.linear import linear
 
-SHAPES = {"130m": LM["130m"], "sixth": replace(LM["130m"], layers=4, vocab=LM["130m"].vocab // 6)}
+SHAPES = {"130m": LM["130m"], "24th": replace(LM["130m"], layers=1, vocab=LM["130m"].vocab // 24)}
 BATCH, TOKENS = 2, 512
+GPU_SHAPE, GPU_BATCH, GPU_TOKENS = "370m", 4, 8192
 COMPARED = ("layers.0.mixer.A_log", "layers.0.mixer.in_proj.weight", "layers.0.mixer.conv1d.weight")  # gradients that must agree
 
 
@@ -34,12 +43,12 @@ def matrices(shape: LMShape) -> list[tuple[int, int]]:
     return shape.layers * [(e, 2 * d), (d, r + 2 * n), (r, d), (d, e)] + [(e, shape.vocab)]
 
 
-def cost(shape: LMShape) -> Cost:
-    """FLOPs of the products: one forward, two backward. Exponentials of the scan in both directions, softplus and both SiLUs. Every
+def cost(shape: LMShape, rows: int = BATCH * TOKENS) -> Cost:
+    """`rows` tokens. FLOPs of the products: one forward, two backward. Exponentials of the scan in both directions, softplus and both SiLUs. Every
     weight read twice, its gradient written."""
     weights = sum(i * o for i, o in matrices(shape))
-    channels = shape.layers * BATCH * TOKENS * shape.d_inner
-    return Cost(bytes=4 * 3 * weights, flops=3 * 2 * BATCH * TOKENS * weights, exps=2 * channels * (shape.dstate + 3))
+    channels = shape.layers * rows * shape.d_inner
+    return Cost(bytes=4 * 3 * weights, flops=3 * 2 * rows * weights, exps=2 * channels * (shape.dstate + 3))
 
 
 @functools.cache
@@ -89,6 +98,66 @@ def mambapy(shape: LMShape):
     return model
 
 
+@functools.cache
+def on_gpu(shape: LMShape, device: str, compiled: bool) -> nn.Module:
+    """Our model on the GPU, fp32 weights."""
+    from cobra_kernels.modules import MambaConfig, MambaLMHeadModel
+
+    config = MambaConfig(d_model=shape.d_model, n_layer=shape.layers, vocab_size=shape.vocab, pad_vocab_size_multiple=1)
+    model = MambaLMHeadModel(config, device=device)
+    return torch.compile(model) if compiled else model
+
+
+def transformer_config(shape: LMShape):
+    """A Llama of the Mamba's width and half its layers, whose MLP is as wide as makes the parameter counts equal."""
+    from transformers import LlamaConfig
+
+    layers, d = shape.layers // 2, shape.d_model
+    mamba = shape.layers * (3 * d * shape.d_inner + shape.d_inner * (2 * shape.dt_rank + 3 * shape.dstate + shape.width + 3) + d)
+    mlp = (mamba - layers * (4 * d * d + 2 * d)) / layers
+    return LlamaConfig(
+        vocab_size=shape.vocab, hidden_size=d, intermediate_size=round(mlp / (3 * d) / 64) * 64, num_hidden_layers=layers,
+        num_attention_heads=d // 64, max_position_embeddings=GPU_TOKENS, tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+
+
+@functools.cache
+def transformer(shape: LMShape, device: str, compiled: bool) -> nn.Module:
+    from transformers import LlamaForCausalLM
+
+    with torch.device(device):
+        model = LlamaForCausalLM(transformer_config(shape))
+    return torch.compile(model) if compiled else model
+
+
+def gpu_step(make_model: Callable[..., nn.Module], shape: LMShape, compiled: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call(ids: torch.Tensor) -> torch.Tensor:
+        model = make_model(shape, str(ids.device), compiled)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            logits = model(ids[:, :-1]).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        return loss.detach()
+
+    return call
+
+
+def gpu_case(device: str) -> Case:
+    shape, rows = LM[GPU_SHAPE], GPU_BATCH * GPU_TOKENS
+    providers = [
+        Provider(name + (", compiled" if compiled else ""), gpu_step(make, shape, compiled), comparable=False, graph=False, slow_start=compiled)
+        for name, make in (("cobra_kernels", on_gpu), ("transformer, SDPA", transformer))
+        for compiled in (False, True)
+    ]
+
+    def tokens(index: int) -> tuple:
+        return (torch.randint(shape.vocab, (GPU_BATCH, GPU_TOKENS + 1), generator=torch.Generator().manual_seed(index)).to(device),)
+
+    dims = {"batch": GPU_BATCH, "tokens": GPU_TOKENS, "layers": shape.layers, "vocab": shape.vocab}
+    return Case("step", "bf16", GPU_SHAPE, dims, cost(shape, rows), "matmul", tokens, providers, cache="warm", quick=True)
+
+
 def step(make_model: Callable[[LMShape], nn.Module], shape: LMShape) -> Callable[[torch.Tensor], list[torch.Tensor]]:
     """One step on `ids` (batch, tokens + 1): the loss, and the gradients that are compared."""
 
@@ -123,6 +192,9 @@ def gemms_alone(shape: LMShape) -> Callable[[torch.Tensor], None]:
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
+    if args.device != "cpu":
+        yield gpu_case(args.device)
+        return
     for name, shape in SHAPES.items():
 
         def tokens(index: int, shape=shape) -> tuple:
@@ -132,7 +204,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
             Provider("cobra_kernels", step(ours, shape)),
             Provider("gemms alone", gemms_alone(shape), comparable=False),
         ]
-        if name == "sixth":
+        if name == "24th":
             providers.append(Provider("transformers mamba", step(hugging_face, shape), slow_start=True))
             if importlib.util.find_spec("mambapy"):
                 providers.append(Provider("mambapy", step(mambapy, shape), slow_start=True))
@@ -140,7 +212,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 print("left out: mambapy is not installed")
         dims = {"batch": BATCH, "tokens": TOKENS, "layers": shape.layers, "vocab": shape.vocab}
         yield Case(
-            "step", "fp32", name, dims, cost(shape), "matmul", tokens, providers, cache="warm", quick=name == "sixth"
+            "step", "fp32", name, dims, cost(shape), "matmul", tokens, providers, cache="warm", quick=name == "24th"
         )  # fmt: skip
 
 
