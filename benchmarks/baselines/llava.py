@@ -21,6 +21,7 @@ from transformers import (
     StaticCache,
 )
 
+from benchmarks.baselines.transformer import Decoder, cache_bytes
 from cobra_kernels.linear import route_linears
 
 IMAGE_SIZE, PATCH = 336, 14
@@ -60,10 +61,6 @@ def matched_config(
     return config
 
 
-def cache_bytes(cache: StaticCache | DynamicCache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-
-
 class Llava:
     """The demo's view of a model: preprocess, vision, project, prefill, decode."""
 
@@ -79,12 +76,10 @@ class Llava:
     def __init__(self, config: LlavaConfig, seed: int = 0) -> None:
         torch.manual_seed(seed)
         self.model = route_linears(LlavaForConditionalGeneration(config).eval().requires_grad_(False))
-        self.text = config.text_config
-        self.heads = self.text.num_attention_heads
-        self.head_dim = self.text.hidden_size // self.heads
         self.core = self.model.model
+        self.decoder = Decoder(self.core.language_model, self.model.lm_head, config.text_config)
         self.image_tokens = config.image_seq_length
-        self._step = self._eager_step
+        self._step = self.decoder.step
         self.decode_mode = "eager"
 
     @property
@@ -109,12 +104,12 @@ class Llava:
 
     def prefill(self, image: Tensor, input_ids: Tensor, room: int) -> tuple[Tensor, StaticCache]:
         """Image tokens, then text. Returns the logits of the last token and a cache with room for `room` tokens."""
-        seen, logits = self._read(torch.cat([image, self.core.language_model.embed_tokens(input_ids)], dim=1))
+        logits, seen = self.decoder.read(torch.cat([image, self.core.language_model.embed_tokens(input_ids)], dim=1))
         return logits, self._grown(seen, room)
 
     def encode(self, pixels: Tensor) -> DynamicCache:
         """What is kept of an image between questions: its keys and values."""
-        return self._read(self.project(self.vision(pixels)))[0]
+        return self.decoder.read(self.project(self.vision(pixels)))[1]
 
     def kept_bytes(self, kept: DynamicCache) -> int:
         return cache_bytes(kept)
@@ -122,17 +117,14 @@ class Llava:
     def ask(self, kept: DynamicCache, input_ids: Tensor, room: int) -> tuple[Tensor, StaticCache]:
         """A question on a kept image; `kept` stays as it is."""
         cache = self._grown(kept, input_ids.shape[1] + room)
-        return self._eager_step(input_ids, cache), cache
+        return self.decoder.step(input_ids, cache), cache
 
     def state_at(self, context: int, room: int) -> StaticCache:
         """A cache as after `context` tokens, with random keys and values: the time of a step does not depend on them."""
-        cache = self._empty(context, room)
-        noise = torch.randn(1, self.heads, 1024, self.head_dim)
-        for layer in cache.layers:
-            for start in range(0, context, 1024):
-                end = min(start + 1024, context)
-                layer.keys[:, :, start:end] = noise[:, :, : end - start]
-                layer.values[:, :, start:end] = noise[:, :, : end - start]
+        cache = self.decoder.static(1, context, room)
+        for layer, (keys, values) in zip(cache.layers, self.decoder.noise(1, context, room)):
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
         return cache
 
     def state_bytes(self, cache: StaticCache) -> int:
@@ -147,41 +139,16 @@ class Llava:
         """token (1, 1) -> logits (1, vocab); the cache grows by one."""
         return self._step(token, cache)
 
-    def _read(self, embeddings: Tensor) -> tuple[DynamicCache, Tensor]:
-        seen = DynamicCache(config=self.text)
-        hidden = self.core.language_model(inputs_embeds=embeddings, past_key_values=seen, use_cache=True).last_hidden_state
-        return seen, self.model.lm_head(hidden[:, -1])
-
     def _grown(self, seen: DynamicCache, room: int) -> StaticCache:
-        length = seen.get_seq_length()
-        cache = self._empty(length, room)
-        for layer, source in zip(cache.layers, seen.layers):
-            layer.keys[:, :, :length].copy_(source.keys)
-            layer.values[:, :, :length].copy_(source.values)
+        cache = self.decoder.static(1, seen.get_seq_length(), room)
+        self.decoder.fill(cache, seen)
         return cache
-
-    def _empty(self, length: int, room: int) -> StaticCache:
-        cache = StaticCache(config=self.text, max_cache_len=length + room)
-        for layer in cache.layers:
-            # Filled by hand: the cache's own initialisation pins shapes for CUDA graphs and every length would compile anew.
-            layer.keys = torch.zeros(1, self.heads, length + room, self.head_dim)
-            layer.values = torch.zeros(1, self.heads, length + room, self.head_dim)
-            layer.dtype, layer.device = layer.keys.dtype, layer.keys.device
-            layer.batch_size, layer.num_heads = 1, self.heads
-            layer.k_head_dim = layer.v_head_dim = self.head_dim
-            layer.cumulative_length = torch.tensor(length)
-            layer.is_initialized = True
-        return cache
-
-    def _eager_step(self, token: Tensor, cache: StaticCache) -> Tensor:
-        hidden = self.core.language_model(input_ids=token, past_key_values=cache, use_cache=True).last_hidden_state
-        return self.model.lm_head(hidden[:, -1])
 
     def compile_decode(self) -> None:
         """torch.compile of the step, one dynamic-length graph for every context."""
-        self._step = torch.compile(self._eager_step, dynamic=True)
+        self._step = torch.compile(self.decoder.step, dynamic=True)
         self.decode_mode = "torch.compile"
 
     def eager_decode(self) -> None:
-        self._step = self._eager_step
+        self._step = self.decoder.step
         self.decode_mode = "eager"

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks import report, roofline
+from benchmarks.baselines.memory import available_memory
 from benchmarks.harness.environment import ROOT, stamp, steady_allocator
 from benchmarks.harness.table import bytes_text, figures, print_table, seconds_text
 from benchmarks.harness.timing import quantile
@@ -255,15 +256,6 @@ def choose_decode_mode(llava, context: int, allowed: bool, seed: int, say: Progr
     else:
         llava.eager_decode()
     say(f"compiled {seconds_text(steps['compiled'])} a token, eager {seconds_text(steps['eager'])}: using {llava.decode_mode}")
-
-
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping; without a figure, a cautious 4 GB."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 4 * 10**9
 
 
 def contexts_that_fit(llava, contexts: Sequence[int], say: Progress) -> list[int]:
