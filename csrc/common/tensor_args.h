@@ -28,15 +28,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+// Of a float tensor. float64 is for the CPU alone: a CUDA kernel would take its halves for fp32.
 inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::BFloat16: return DType::kBFloat16;
     case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Int: return DType::kInt32;
-    case ScalarType::Long: return DType::kInt64;
-    default: STD_TORCH_CHECK(false, op, ": ", name, " has a dtype this kernel does not read");
+    case ScalarType::Double:
+      STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " is float64, which no CUDA kernel serves");
+      return DType::kFloat64;
+    default: STD_TORCH_CHECK(false, op, ": ", name, " is not float32, bfloat16, float16 or float64");
   }
 }
 
@@ -54,19 +55,23 @@ inline void expect_same_sizes(const Tensor& t, const Tensor& like, const char* o
   for (int64_t i = 0; i < t.dim(); ++i)
     STD_TORCH_CHECK(t.size(i) == like.size(i), op, ": ", name, " has size ", t.size(i), " at dim ", i, ", expected ", like.size(i));
 }
+inline void expect_same_device(const Tensor& t, const Tensor& first, const char* op, const char* name) {
+  const bool same = t.is_cpu() == first.is_cpu() && (t.is_cpu() || t.get_device_index() == first.get_device_index());
+  STD_TORCH_CHECK(same, op, ": ", name, " is on another device than the first argument");
+}
 // One compute type per call: either no tensor is fp64 or every float tensor is.
 inline void expect_compute_dtype(const Tensor& t, const Tensor& first, const char* op, const char* name) {
   const bool is_double = t.scalar_type() == ScalarType::Double;
   STD_TORCH_CHECK(is_double == (first.scalar_type() == ScalarType::Double), op, ": ", name, " mixes float64 with another dtype");
-  STD_TORCH_CHECK(t.is_cpu() == first.is_cpu(), op, ": ", name, " is on another device than the first argument");
+  expect_same_device(t, first, op, name);
 }
 
 // An index tensor: int32 or int64, on the device of x. Its values are not read here.
 inline DType index_dtype(const char* op, const Tensor& t, const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu() == x.is_cpu(), op, ": ", name, " is on another device than x");
-  const DType dtype = dtype_of(t, op, name);
-  STD_TORCH_CHECK(dtype == DType::kInt32 || dtype == DType::kInt64, op, ": ", name, " is not int32 or int64");
-  return dtype;
+  expect_same_device(t, x, op, name);
+  const bool is_long = t.scalar_type() == ScalarType::Long;
+  STD_TORCH_CHECK(is_long || t.scalar_type() == ScalarType::Int, op, ": ", name, " is not int32 or int64");
+  return is_long ? DType::kInt64 : DType::kInt32;
 }
 
 // weight (dim, width) and bias (dim,) of the convolution rooms; p.dim and p.width are set before.

@@ -294,10 +294,6 @@ STABLE_TORCH_LIBRARY_IMPL(cobra_kernels, CPU, m) {
 }
 
 #if defined(COBRA_WITH_CUDA)
-void refuse_double(const Tensor& first, const char* op, const char* name) {
-  STD_TORCH_CHECK(first.scalar_type() != ScalarType::Double, op, ": ", name, " is float64, which the CUDA kernel does not serve");
-}
-
 // `warps`: by the kernel of every GPU, even where the warpgroups' runs. dtype: of the result, the weight's or fp32.
 Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const OptionalTensor& bias, bool gelu, bool warps, const OptionalDtype& dtype) {
   const char* op = "projector_linear";
@@ -353,7 +349,6 @@ Tensor linear_cuda(const std::vector<Tensor>& x, const Tensor& weight, const Opt
 
 Tensor bias_gelu_cuda(const Tensor& h, const OptionalTensor& bias, ScalarType round_dtype, ScalarType dtype) {
   const char* op = "projector_bias_gelu";
-  refuse_double(h, op, "h");
   const torch::stable::accelerator::DeviceGuard guard(h.get_device_index());
   Tensor y = empty_like(h, dtype);
   check_launch(projector_bias_gelu_cuda(bias_gelu_params(h, bias, y, round_dtype, op), current_stream(h, op)), op);
@@ -363,7 +358,6 @@ Tensor bias_gelu_cuda(const Tensor& h, const OptionalTensor& bias, ScalarType ro
 Tensor pool_cuda(const Tensor& hidden, const OptionalTensor& bias, int64_t height, int64_t width, int64_t out_height, int64_t out_width, bool gelu,
                  ScalarType dtype) {
   const char* op = "projector_pool";
-  refuse_double(hidden, op, "hidden");
   const torch::stable::accelerator::DeviceGuard guard(hidden.get_device_index());
   GeluPool::check(hidden, height, width, out_height, out_width, op);
   GeluPool call(hidden, bias, height, width, out_height, out_width, dtype, dtype, gelu, op);
@@ -372,7 +366,6 @@ Tensor pool_cuda(const Tensor& hidden, const OptionalTensor& bias, int64_t heigh
 }
 
 Tensor peg_cuda(const Tensor& pooled, const Tensor& weight, const OptionalTensor& bias, int64_t height, int64_t width, ScalarType out_dtype) {
-  refuse_double(pooled, "projector_peg", "pooled");
   const torch::stable::accelerator::DeviceGuard guard(pooled.get_device_index());
   Peg::check(pooled, height, width, "projector_peg");
   Peg call(pooled, weight, bias, height, width, out_dtype, "projector_peg");
@@ -383,7 +376,6 @@ Tensor peg_cuda(const Tensor& pooled, const Tensor& weight, const OptionalTensor
 GeluBwdResult gelu_bwd_cuda(const Tensor& d, const OptionalTensor& sums, const OptionalTensor& bias, const OptionalDtype& dz_dtype,
                             const OptionalDtype& dbias_dtype) {
   const char* op = "projector_gelu_bwd";
-  refuse_double(d, op, "d");
   const torch::stable::accelerator::DeviceGuard guard(d.get_device_index());
   GeluBwd call(d, sums, bias, dz_dtype, dbias_dtype);
   check_launch(projector_gelu_bwd_cuda(call.p, current_stream(d, op)), op);
@@ -393,7 +385,6 @@ GeluBwdResult gelu_bwd_cuda(const Tensor& d, const OptionalTensor& sums, const O
 GeluBwdResult gelu_pool_bwd_cuda(const Tensor& dpooled, const Tensor& sums, const OptionalTensor& bias, int64_t height, int64_t width,
                                  int64_t out_height, int64_t out_width, const OptionalDtype& dz_dtype, const OptionalDtype& dbias_dtype) {
   const char* op = "projector_gelu_pool_bwd";
-  refuse_double(dpooled, op, "dpooled");
   const torch::stable::accelerator::DeviceGuard guard(dpooled.get_device_index());
   GeluBwd call(dpooled, sums, bias, height, width, out_height, out_width, dz_dtype, dbias_dtype);
   check_launch(projector_gelu_bwd_cuda(call.p, current_stream(dpooled, op)), op);
@@ -405,7 +396,6 @@ PegBwdResult peg_bwd_cuda(const Tensor& dy, const OptionalTensor& sums, const Op
                           int64_t width, const OptionalDtype& dp_dtype, const OptionalDtype& dweight_dtype, const OptionalDtype& dbias_dtype,
                           const OptionalDtype& dp_bias_dtype) {
   const char* op = "projector_peg_bwd";
-  refuse_double(dy, op, "dy");
   const torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
   PegBwd call(dy, sums, p_bias, weight, height, width, dp_dtype, dweight_dtype, dbias_dtype, dp_bias_dtype, 1);
   check_launch(projector_peg_bwd_cuda(call.p, current_stream(dy, op)), op);

@@ -101,6 +101,7 @@ struct Backward {
     p.dweight = dweight.mutable_data_ptr();
     if (bias) {
       expect_sizes(*bias, {p.dim}, op, "bias");
+      expect_compute_dtype(*bias, x, op, "bias");
       p.dbias = dbias.mutable_data_ptr();
       p.bias_dtype = dtype_of(*bias, op, "bias");
     }

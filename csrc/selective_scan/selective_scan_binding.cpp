@@ -258,15 +258,11 @@ int run_forward(Forward& call, const Tensor& u, void* stream) {
   fwd_cuda_calls.add();
   return selective_scan_fwd_cuda(call.p, stream);
 }
-void refuse_fp64(const char* op, const Tensor& u) {
-  STD_TORCH_CHECK(u.scalar_type() != ScalarType::Double, op, ": u is float64, which the CUDA kernel does not serve");
-}
 
 ForwardResult fwd_cuda(const Tensor& u, const Tensor& delta, const Tensor& A, const Tensor& B, const Tensor& C, const OptionalTensor& D, const OptionalTensor& z,
                        const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
   const char* const op = "selective_scan_fwd";
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  refuse_fp64(op, u);
   Forward call(op, false, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   check_launch(run_forward(call, u, current_stream(u, op)), op);
   return {call.out, call.last_state};
@@ -276,7 +272,6 @@ StatesResult fwd_states_cuda(const Tensor& u, const Tensor& delta, const Tensor&
                              const OptionalTensor& delta_bias, bool delta_softplus, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
   const char* const op = "selective_scan_fwd_states";
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  refuse_fp64(op, u);
   Forward call(op, true, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens);
   check_launch(run_forward(call, u, current_stream(u, op)), op);
   return {call.out, call.last_state, call.states};
@@ -287,7 +282,6 @@ BackwardResult bwd_cuda(const OptionalTensor& dout, const OptionalTensor& dlast_
                         const OptionalTensor& cu_seqlens, const Tensor& states) {
   const char* const op = "selective_scan_bwd";
   const torch::stable::accelerator::DeviceGuard guard(u.get_device_index());
-  refuse_fp64(op, u);
   Backward call(op, &selective_scan_bwd_workspace_cuda, gpu_multiprocessors(), dout, dlast_state, u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, cu_seqlens,
                 states);
   check_launch(selective_scan_bwd_cuda(call.p, current_stream(u, op)), op);

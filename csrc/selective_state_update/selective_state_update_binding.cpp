@@ -111,10 +111,8 @@ struct Update {
     }
     if (indices) {
       expect_sizes(*indices, {p.batch}, kOp, "state_batch_indices");
-      STD_TORCH_CHECK(indices->is_cpu() == x.is_cpu(), kOp, ": state_batch_indices is on another device than x");
       p.indices = indices->const_data_ptr();
-      p.indices_dtype = dtype_of(*indices, kOp, "state_batch_indices");
-      STD_TORCH_CHECK(p.indices_dtype == DType::kInt32 || p.indices_dtype == DType::kInt64, kOp, ": state_batch_indices is not int32 or int64");
+      p.indices_dtype = index_dtype(kOp, *indices, x, "state_batch_indices");
       p.indices_stride = indices->stride(0);
       if (indices->is_cpu()) check_indices(p);
     }

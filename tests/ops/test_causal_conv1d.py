@@ -641,6 +641,8 @@ def test_torch_op_called_directly_stays_inside_its_tensors():
         op(X, W[:7], None, None, None, False, False, None)
     with pytest.raises(RuntimeError, match="initial_states has size 2"):
         op(X, W, None, None, X[..., :2], False, False, None)
+    with pytest.raises(RuntimeError, match="seq_idx is not int32 or int64"):
+        op(X, W, None, torch.zeros(X.shape[0], X.shape[2]), None, False, False, None)
     # Bad boundaries reach the kernel only here: it clamps them, and every output is still written.
     for bounds in ([-5, 40], [3, 1, 99], [10, 0], [0, 4, 2, 10]):
         y, final = op(ROW + 1, W, None, None, None, True, False, torch.tensor(bounds))

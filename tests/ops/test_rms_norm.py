@@ -356,6 +356,10 @@ def test_torch_op_called_directly_stays_inside_its_tensors():
         torch.ops.cobra_kernels.rms_norm_fwd(X, W[:7], None, None, None, 1e-6, True)
     with pytest.raises(RuntimeError, match="float64"):
         torch.ops.cobra_kernels.rms_norm_fwd(X, W, None, None, F64, 1e-6, True)
+    with pytest.raises(RuntimeError, match="x is not float32"):
+        torch.ops.cobra_kernels.rms_norm_fwd(X.int(), W, None, None, None, 1e-6, True)
+    with pytest.raises(RuntimeError, match="bias mixes float64"):
+        torch.ops.cobra_kernels.rms_norm_bwd(X, None, X, W, W.double(), None, 1e-6, True)
 
 
 def test_supports_says_what_the_op_does():

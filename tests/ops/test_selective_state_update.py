@@ -442,7 +442,8 @@ def test_torch_op_called_directly_stays_inside_its_tensors():
     x, projected = Z(2, 6), Z(2, 4)
     for changed, message in (({"A": Z(5, 4)}, "A has size 5"), ({"state": Z(1, 6, 4)}, "1 rows"), ({"dt": Z(2, 5)}, "dt has size 5"),
                              ({"state_batch_indices": torch.tensor([0, 9])}, "is 9"), ({"state_batch_indices": torch.tensor([1, 1])}, "twice"),
-                             ({"D": Z(6, dtype=F64)}, "float64")):  # fmt: skip
+                             ({"D": Z(6, dtype=F64)}, "float64"), ({"D": Z(6).int()}, "D is not float32"),
+                             ({"state_batch_indices": Z(2)}, "not int32 or int64")):  # fmt: skip
         arguments = dict(state=Z(2, 6, 4), x=x, dt=x, A=Z(6, 4), B=projected, C=projected, D=None, z=None, dt_bias=None, dt_softplus=True)
         with pytest.raises(RuntimeError, match=message):
             op(**{**arguments, "state_batch_indices": None, **changed})
