@@ -1,6 +1,7 @@
 """python -m benchmarks                every bench, one process each, one table, records appended (at most 15 minutes)
 python -m benchmarks --quick        the same with the quick cases only
 python -m benchmarks room <op>      one room against the roof and its last record (seconds)
+python -m benchmarks --base REF     the working tree against a commit: tests, two worktrees, interleaved processes, ratios (minutes)
 python -m benchmarks list           the benches there are
 python -m benchmarks adopt <file>   files the records of `--file` under benchmarks/results/<their device>/"""
 
@@ -14,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.harness import base
 from benchmarks.harness import records as store
 from benchmarks.harness.bench import COLUMNS, rows_of
 from benchmarks.harness.environment import ROOT, slug, stamp
@@ -23,7 +25,7 @@ HERE = Path(__file__).parent
 LIMIT_SECONDS = 240  # of one bench
 # On a GPU with little time the goals come first.
 GPU_ONLY = ("ttft",)
-GPU_ORDER = ("selective_scan", "causal_conv1d", "causal_conv1d_update", "selective_state_update", "rms_norm", "ttft", "projector")
+GPU_ORDER = ("selective_scan", "causal_conv1d", "causal_conv1d_update", "selective_state_update", "rms_norm", "ttft", "projector", "train")
 
 
 def benches() -> dict[str, str]:
@@ -120,6 +122,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--file", type=Path, help="append all records to this file, as they are measured, instead of the results")
     p.add_argument("--within", type=float, default=float("inf"), metavar="SECONDS", help="begin no bench that could not end by then")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    p.add_argument("--base", metavar="REF", help="compare with a commit, on the CPU; without --only the rooms touched since")
+    p.add_argument("--launches", type=int, default=3, metavar="N", help="of --base: pairs of fresh processes (default: %(default)s)")
     args = p.parse_args(argv)
     if args.what == "list":
         print("\n".join(benches()))
@@ -136,6 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     unknown = sorted(set(args.only or []) - set(benches()))
     if unknown:
         p.error(f"--only: {', '.join(unknown)} has no bench; there are {', '.join(benches())}")
+    if args.base:
+        if args.device != "cpu" or len(args.backend or []) > 1:
+            p.error("--base: compares one provider (--backend) on the CPU")
+        return base.run(args.base, args.only or [], backend=(args.backend or [None])[0], quick=args.quick, launches=args.launches)
     return run_all(args, [*passed_on, *(["--quick"] if args.quick else [])])
 
 

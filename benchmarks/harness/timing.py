@@ -233,7 +233,9 @@ class Ring:
 
 
 @dataclass
-class _Runner:
+class Runner:
+    """A provider with its buffers, warmed up once and then sampled block by block."""
+
     provider: Provider
     ring: Ring
     timer: Timer
@@ -307,7 +309,7 @@ def measure(
             ring = shared = shared or Ring.make(make_inputs, cache, device)
         else:
             ring = Ring.make(provider.make_inputs, cache, device)
-        runners.append(_Runner(provider, ring, timer))
+        runners.append(Runner(provider, ring, timer))
     for runner in runners:
         runner.warm_up(block_seconds, warm_up_seconds=seconds / 2)
         slow = runner.calls == 1
