@@ -271,7 +271,8 @@ class Mamba(nn.Module):
 
         state: (conv_state (batch, d_inner, d_conv), ssm_state (batch, d_inner, d_state)), continued from and **written
             in place**; any number of new tokens. None: starts from zeros, keeps nothing.
-        cu_seqlens: (num_seqs + 1,) int, batch 1: sequences packed end to end; the state then has num_seqs rows.
+        cu_seqlens: (num_seqs + 1,) int, batch 1: sequences packed end to end; the state then has num_seqs rows. What follows the last
+            sequence is padding: the result is 0 there.
         state_indices: (batch,) int, one token a row: row b continues row state_indices[b] of the state, < 0 is padding.
         inference_params: the state as mamba_ssm passes it, instead of `state`.
 
@@ -345,7 +346,10 @@ class Mamba(nn.Module):
         if state is not None:
             y, last_state = y
             self._keep_state(state, conv_state, x, last_state, cu_seqlens)
-        return apply_linear(self.out_proj, y.transpose(1, 2))
+        out = apply_linear(self.out_proj, y.transpose(1, 2))
+        if cu_seqlens is not None and getattr(self.out_proj, "bias", None) is not None:
+            out = torch.where((torch.arange(seqlen, device=out.device) < cu_seqlens[-1])[:, None], out, 0)  # padding, as in mamba_inner
+        return out
 
     def step(
         self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor, state_indices: Tensor | None = None
@@ -425,6 +429,12 @@ class Mamba(nn.Module):
             for t in (self.A_log, self.D, getattr(self.dt_proj, "bias", None)):
                 if t is not None and t.dtype in _HALF:
                     _warn_half_precision(t.dtype)
+
+    def __setattr__(self, name: str, value) -> None:
+        if name == "A_log":
+            # FSDP2 fills the gathered parameter again and again, at one address and without a new version. It sets it each time.
+            self.__dict__["_A_cache"] = None
+        super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> Mamba:
         self._A_cache = None

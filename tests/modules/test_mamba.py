@@ -300,6 +300,18 @@ def test_fused_and_unfused_training_agree_on_states_and_packed_sequences():
             assert_close(results[0][name], want, GEMM, name)
 
 
+def test_padding_after_packed_sequences_is_zero_whatever_the_path():
+    m, hidden, cu = make_mixer(bias=True), make_hidden(1, 40), torch.tensor([0, 7, 7, 36])
+    assert m.out_proj.bias.abs().min() > 0
+    fused = m(hidden, cu_seqlens=cu)
+    m.use_fast_path = False
+    with torch.no_grad():
+        without_gradients = m(hidden, cu_seqlens=cu)
+    for out in (fused, m(hidden, cu_seqlens=cu), without_gradients):
+        assert not out[:, 36:].any()
+        assert_close(out, fused, GEMM)
+
+
 def test_one_frozen_layer_or_all_of_them_still_fuse():
     m, hidden = make_mixer(), make_hidden(1, 9)
     want = gradients(m, hidden)
