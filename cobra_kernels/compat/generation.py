@@ -160,7 +160,15 @@ class GenerationMixin:
     ):
         """Sequences (batch, up to max_length), or `decode`'s output; the other arguments are `decode`'s."""
         out = decode(
-            input_ids, self, max_length, top_k=top_k, top_p=top_p, min_p=min_p, temperature=temperature, output_scores=output_scores, **kwargs
+            input_ids,
+            self,
+            max_length,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            temperature=temperature,
+            output_scores=output_scores,
+            **kwargs,
         )
         return out if return_dict_in_generate else out.sequences
 
@@ -184,7 +192,14 @@ class DecodingCGCache:
 
 @torch.inference_mode()
 def update_graph_cache(
-    model, cache: DecodingCGCache | None, batch_size: int, seqlen_og: int, max_seqlen: int, decoding_seqlens=(1,), dtype=None, n_warmups: int = 2
+    model,
+    cache: DecodingCGCache | None,
+    batch_size: int,
+    seqlen_og: int,
+    max_seqlen: int,
+    decoding_seqlens=(1,),
+    dtype=None,
+    n_warmups: int = 2,
 ) -> DecodingCGCache:
     """A cache whose `run(input_ids, position_ids, seqlen)` decodes from `inference_params`: in a CUDA graph on a GPU, directly elsewhere."""
     cache = DecodingCGCache() if cache is None else cache
@@ -209,7 +224,9 @@ def update_graph_cache(
     def run(input_ids: Tensor, position_ids: Tensor | None, seqlen: int) -> Tensor:
         key = tuple(input_ids.shape)
         if key not in cache.callables:
-            raise errors.ArgumentError(f"update_graph_cache: run was given input_ids of shape {key}, expected one of {list(cache.callables)}")
+            raise errors.ArgumentError(
+                f"update_graph_cache: run was given input_ids of shape {key}, expected one of {list(cache.callables)}"
+            )
         return cache.callables[key](input_ids, position_ids, seqlen)
 
     cache.run = run
@@ -217,7 +234,9 @@ def update_graph_cache(
     return cache
 
 
-def capture_graph(model, inference_params: InferenceParams, batch_size: int, max_seqlen: int, decoding_seqlen: int = 1, mempool=None, n_warmups: int = 2):
+def capture_graph(
+    model, inference_params: InferenceParams, batch_size: int, max_seqlen: int, decoding_seqlen: int = 1, mempool=None, n_warmups: int = 2
+):
     """run(input_ids (batch_size, decoding_seqlen), position_ids, seqlen) -> logits; the state in inference_params is written."""
 
     def forward(input_ids, position_ids):

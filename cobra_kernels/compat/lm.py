@@ -110,7 +110,9 @@ class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
         _named_as_upstream(self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name: str | Path, device=None, dtype: torch.dtype | None = None, **kwargs) -> MambaLMHeadModel:
+    def from_pretrained(
+        cls, pretrained_model_name: str | Path, device=None, dtype: torch.dtype | None = None, **kwargs
+    ) -> MambaLMHeadModel:
         """A model of a folder with config.json and pytorch_model.bin or model.safetensors, or of such a repository's name.
 
         Weights are read without running any code of the file. Raises ArgumentError for a bad config, wrong or missing keys.
@@ -141,7 +143,9 @@ def _check_weights(model, weights: dict[str, torch.Tensor], source) -> None:
     problems = [f"{name} is missing" for name in expected if name not in weights]
     problems += [f"{name} is not part of the model" for name in weights if name not in expected]
     problems += [
-        f"{name} has shape {tuple(t.shape)}, expected {expected[name]}" for name, t in weights.items() if name in expected and tuple(t.shape) != expected[name]
+        f"{name} has shape {tuple(t.shape)}, expected {expected[name]}"
+        for name, t in weights.items()
+        if name in expected and tuple(t.shape) != expected[name]
     ]
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -178,6 +182,8 @@ def _file(model_name: str | Path, name: str, missing_ok: bool = False) -> Path |
     try:
         from transformers.utils import cached_file
     except ImportError as error:
-        raise errors.ArgumentError(f"from_pretrained: {model_name} is no folder, and transformers, which fetches repositories, is not installed") from error
+        raise errors.ArgumentError(
+            f"from_pretrained: {model_name} is no folder, and transformers, which fetches repositories, is not installed"
+        ) from error
     found = cached_file(str(model_name), name, _raise_exceptions_for_missing_entries=not missing_ok)
     return None if found is None else Path(found)

@@ -142,7 +142,10 @@ def mamba_inner_ref(
             return given.transpose(1, 2).contiguous()
         return given
 
-    B, C = made(B, projected[..., rank : rank + dstate], B_proj_bias, b_rms_weight), made(C, projected[..., -dstate:], C_proj_bias, c_rms_weight)
+    B, C = (
+        made(B, projected[..., rank : rank + dstate], B_proj_bias, b_rms_weight),
+        made(C, projected[..., -dstate:], C_proj_bias, c_rms_weight),
+    )
     if dt_rms_weight is not None:
         delta = rms_norm_ref(delta, dt_rms_weight, None, eps=b_c_dt_rms_eps)
     y = selective_scan_ref(u, delta.transpose(1, 2), A, B, C, D, z, delta_bias, delta_softplus)
@@ -154,7 +157,9 @@ def layer_norm_ref(
     dropout_mask=None, dropout_mask1=None, upcast=False,
 ):  # fmt: skip
     """LayerNorm of x (+ x1) (+ residual), by torch, in the argument order of mamba_ssm 2.x; see `_norm_ref`."""
-    return _norm_ref(_layer_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast)
+    return _norm_ref(
+        _layer_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast
+    )
 
 
 def rms_norm_ref(
@@ -162,7 +167,9 @@ def rms_norm_ref(
     dropout_mask=None, dropout_mask1=None, upcast=False,
 ):  # fmt: skip
     """RMSNorm of x (+ x1) (+ residual), by torch, in the argument order of mamba_ssm 2.x; see `_norm_ref`."""
-    return _norm_ref(_rms_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast)
+    return _norm_ref(
+        _rms_norm, x, weight, bias, residual, x1, weight1, bias1, eps, dropout_p, rowscale, prenorm, dropout_mask, dropout_mask1, upcast
+    )
 
 
 def layer_norm_ref_v1(x, weight, bias, residual=None, eps=1e-6, prenorm=False, upcast=False):

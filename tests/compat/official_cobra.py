@@ -64,7 +64,9 @@ class MambaForCausalLM(nn.Module):
         self.lm_head.weight = self.backbone.embedding.weight
 
     def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None):
-        return {i: layer.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype) for i, layer in enumerate(self.backbone.layers)}
+        return {
+            i: layer.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype=dtype) for i, layer in enumerate(self.backbone.layers)
+        }
 
     def forward(self, inputs_embeds, inference_params=None, num_last_tokens=0):
         hidden = self.backbone(inputs_embeds, inference_params)

@@ -15,14 +15,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def inputs(dtype=torch.float32, batch=2, dim=10, seqlen=17, width=4, channel_last=False):
     g = torch.Generator().manual_seed(seqlen * 10 + width)
-    x = torch.randn(batch, seqlen, dim, generator=g).to(dtype).transpose(1, 2) if channel_last else torch.randn(batch, dim, seqlen, generator=g).to(dtype)
+    x = (
+        torch.randn(batch, seqlen, dim, generator=g).to(dtype).transpose(1, 2)
+        if channel_last
+        else torch.randn(batch, dim, seqlen, generator=g).to(dtype)
+    )
     return x, torch.randn(dim, width, generator=g), torch.randn(dim, generator=g), torch.randn(batch, dim, width - 1, generator=g).to(dtype)
 
 
 def expected(x, weight, bias, initial_states=None, **options):
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref
 
-    return causal_conv1d_ref(x.double(), weight.double(), bias.double(), None if initial_states is None else initial_states.double(), **options)
+    return causal_conv1d_ref(
+        x.double(), weight.double(), bias.double(), None if initial_states is None else initial_states.double(), **options
+    )
 
 
 @pytest.mark.parametrize("channel_last", [False, True])
@@ -48,7 +54,9 @@ def test_update_shifts_and_turns():
         state = torch.randn(2, 10, 5, generator=torch.Generator().manual_seed(5))
         wide = state.double()
         out = causal_conv1d_update(x, state, weight, bias, "silu", cache_seqlens)
-        assert_close(out, causal_conv1d_update_ref(x.double(), wide, weight.double(), bias.double(), "silu", cache_seqlens), OUTPUT[x.dtype])
+        assert_close(
+            out, causal_conv1d_update_ref(x.double(), wide, weight.double(), bias.double(), "silu", cache_seqlens), OUTPUT[x.dtype]
+        )
         assert torch.equal(state.double(), wide)
 
 

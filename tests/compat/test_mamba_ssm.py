@@ -122,7 +122,9 @@ def test_mamba_inner(given):
     assert torch.equal(MambaInnerFn.apply(*tensors, 1, *norms), out)
     wide_leaves = [t for t in wide if isinstance(t, torch.Tensor)]
     dout = torch.randn(out.shape, generator=g)
-    for index, (got, w) in enumerate(zip(torch.autograd.grad(out, leaves, dout), torch.autograd.grad(want, wide_leaves, dout.double()), strict=True)):
+    for index, (got, w) in enumerate(
+        zip(torch.autograd.grad(out, leaves, dout), torch.autograd.grad(want, wide_leaves, dout.double()), strict=True)
+    ):
         assert_close(got, w, 2e-5, f"gradient {index}")
 
 
@@ -137,7 +139,16 @@ def test_state_update(heads):
         return torch.randn(*shape, generator=g)
 
     state, projected = randn(3, *lead, 6, 5), (3, 2, 5) if heads else (3, 5)
-    arguments = [randn(3, *lead, 6), randn(3, *lead, 6), -randn(*lead, 6, 5).abs(), randn(*projected), randn(*projected), randn(*lead, 6), randn(3, *lead, 6), randn(*lead, 6)]
+    arguments = [
+        randn(3, *lead, 6),
+        randn(3, *lead, 6),
+        -randn(*lead, 6, 5).abs(),
+        randn(*projected),
+        randn(*projected),
+        randn(*lead, 6),
+        randn(3, *lead, 6),
+        randn(*lead, 6),
+    ]
     wide = state.double()
     out = selective_state_update(state, *arguments, True)
     want = selective_state_update_ref(wide, *(t.double() for t in arguments), dt_softplus=True)
@@ -172,7 +183,11 @@ def test_norms_of_two_inputs_with_two_weights():
         assert_close(got, expected, 1e-6)
     torch.manual_seed(0)
     y, keep, keep1 = layer_norm_fn(x, w, b, None, x1, dropout_p=0.4, return_dropout_mask=True)
-    assert_close(y, layer_norm_ref(x.double(), w.double(), b.double(), None, x1.double(), dropout_p=0.4, dropout_mask=keep, dropout_mask1=keep1), 1e-6)
+    assert_close(
+        y,
+        layer_norm_ref(x.double(), w.double(), b.double(), None, x1.double(), dropout_p=0.4, dropout_mask=keep, dropout_mask1=keep1),
+        1e-6,
+    )
     assert 0 < (~keep).sum() < keep.numel()
 
 
@@ -205,7 +220,9 @@ def language_model(**options):
     return MambaLMHeadModel(MambaConfig(d_model=16, n_layer=2, vocab_size=45), **options).eval()
 
 
-@pytest.mark.parametrize("sampling", [{}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}, {"top_k": 0, "min_p": 0.1}, {"repetition_penalty": 1.5}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"top_k": 5, "top_p": 0.9, "temperature": 0.7}, {"top_k": 0, "min_p": 0.1}, {"repetition_penalty": 1.5}]
+)
 def test_generate(sampling):
     """With a cache, with the graph's interface, and by hand through the names that Cobra's own loop uses."""
     from mamba_ssm.utils.generation import InferenceParams, modify_logit_for_repetition_penalty, sample

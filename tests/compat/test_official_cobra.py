@@ -100,7 +100,9 @@ def test_training(official):
     assert_close(got.logits[2:, :5], want.logits[1:2, :5], LOGITS)
     assert got.logits.shape[1] == patches + 5
     got.loss.backward(), want.loss.backward()
-    theirs_grads = {n.removeprefix("projector.").removeprefix("llm_backbone.llm."): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    theirs_grads = {
+        n.removeprefix("projector.").removeprefix("llm_backbone.llm."): p.grad for n, p in theirs.named_parameters() if p.grad is not None
+    }
     ours_grads = {n.removeprefix("projector.").removeprefix("llm."): p.grad for n, p in vlm.named_parameters() if p.grad is not None}
     assert theirs_grads.keys() == ours_grads.keys()
     for name, grad in theirs_grads.items():

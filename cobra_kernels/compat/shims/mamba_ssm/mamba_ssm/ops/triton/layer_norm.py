@@ -6,7 +6,16 @@ from cobra_kernels.compat.absent import function
 from cobra_kernels.compat.norms import RMSNorm, layer_norm_linear, parallel_norm
 from cobra_kernels.compat.references import layer_norm_ref, rms_norm_ref
 
-__all__ = ["LayerNormFn", "LayerNormLinearFn", "RMSNorm", "layer_norm_fn", "layer_norm_linear_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
+__all__ = [
+    "LayerNormFn",
+    "LayerNormLinearFn",
+    "RMSNorm",
+    "layer_norm_fn",
+    "layer_norm_linear_fn",
+    "layer_norm_ref",
+    "rms_norm_fn",
+    "rms_norm_ref",
+]
 
 
 def layer_norm_fn(

@@ -9,7 +9,16 @@ from cobra_kernels.compat.references import layer_norm_ref_v1 as layer_norm_ref
 from cobra_kernels.compat.references import rms_norm_ref_v1 as rms_norm_ref
 from cobra_kernels.modules.mamba import RMSNorm
 
-__all__ = ["LayerNormFn", "LayerNormLinearFn", "RMSNorm", "layer_norm_fn", "layer_norm_linear_fn", "layer_norm_ref", "rms_norm_fn", "rms_norm_ref"]
+__all__ = [
+    "LayerNormFn",
+    "LayerNormLinearFn",
+    "RMSNorm",
+    "layer_norm_fn",
+    "layer_norm_linear_fn",
+    "layer_norm_ref",
+    "rms_norm_fn",
+    "rms_norm_ref",
+]
 
 
 def layer_norm_fn(x, weight, bias, residual=None, eps=1e-6, prenorm=False, residual_in_fp32=False, is_rms_norm=False):

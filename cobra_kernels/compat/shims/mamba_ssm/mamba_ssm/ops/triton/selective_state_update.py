@@ -14,4 +14,6 @@ def selective_state_update(state, x, dt, A, B, C, D=None, z=None, dt_bias=None, 
     return cobra_kernels.selective_state_update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_batch_indices)
 
 
-_selective_scan_update_kernel = kernel("mamba_ssm.ops.triton.selective_state_update._selective_scan_update_kernel", "selective_state_update")
+_selective_scan_update_kernel = kernel(
+    "mamba_ssm.ops.triton.selective_state_update._selective_scan_update_kernel", "selective_state_update"
+)
