@@ -57,7 +57,7 @@ _COBRA, _COBRA_TWIN = "cobra-3b", "cobra-laptop"
 _LAPTOP = Preset(
     models=(_COBRA_TWIN, *(s.name for s in TWINS)), dtype="fp32", scenarios=tuple(s for s in SCENARIOS if s != "paper"), text_tokens=32,
     contexts=(256, 2048, 8192, 32768), batches=(1, 4, 16), resident_memory=6 << 30, resident_at_most=(8,), questions=(4,), images=(2,),
-    seconds=0.3, patience=12.0,
+    seconds=0.3, patience=20.0,
 )  # fmt: skip
 _GPU = Preset(
     models=(_COBRA, *(s.name for s in REAL)), dtype="bf16", scenarios=tuple(SCENARIOS), contexts=(256, 1024, 2048, 4096, 8192, 16384, 32768),
