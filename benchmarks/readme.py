@@ -48,6 +48,7 @@ class Row:
 
 
 MAMBAPY, LOOP = ("mambapy", "mambapy"), ("materialised loop (transformers)", "transformers' loop")
+LLAMA = ("llama.cpp", "llama.cpp")
 ROWS = {
     "cpu": (
         Row("scan, D=5120 N=16 L=800, channels innermost", "selective_scan", ("fwd channel-last", "fp32", "cobra-3b-image"), "cpu", (MAMBAPY, LOOP)),
@@ -70,14 +71,14 @@ ROWS = {
         ),
         Row(
             "prefill, 130M Mamba, 512 tokens", "lm", ("prefill", "fp32", "130m-prompt-512"), "cobra_kernels",
-            (("gemms alone", "its matrix products alone"), ("transformers mamba", "transformers: Mamba"), ("transformers gpt-neox", "GPT-NeoX")),
+            (("gemms alone", "its matrix products alone"), ("transformers mamba", "transformers: Mamba"), LLAMA, ("transformers gpt-neox", "GPT-NeoX")),
         ),
         Row(
             "decode, 130M Mamba, one token", "lm", ("decode", "fp32", "130m"), "cobra_kernels",
-            (("transformers mamba", "transformers: Mamba"),),
+            (("transformers mamba", "transformers: Mamba"), LLAMA),
         ),
         Row(
-            "training step, 130M Mamba in a sixth, 2 x 512 tokens", "train", ("step", "fp32", "sixth"), "cobra_kernels",
+            "training step, one layer of the 130M Mamba, 2 x 512 tokens", "train", ("step", "fp32", "24th"), "cobra_kernels",
             (("gemms alone", "its matrix products alone"), ("transformers mamba", "transformers: Mamba"), MAMBAPY),
         ),
     ),

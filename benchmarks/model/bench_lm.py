@@ -3,8 +3,8 @@
 prefill  reads 512 tokens, returns the last token's logits and a state to go on from. Yardstick: its matrix products alone.
 decode   one more token. Yardstick: reading every weight once.
 
-Peers: the same weights in transformers' Mamba (the slow path, as it runs without CUDA kernels), and for prefill a
-GPT-NeoX of 12 layers and the same width in the same library (SDPA), as it is and with its linear layers on oneDNN like ours."""
+Peers: the same weights in transformers' Mamba (the slow path, as it runs without CUDA kernels) and in llama.cpp where llama-cpp-python and gguf
+are installed (a gguf file of them, also quantized), and for prefill a GPT-NeoX of 12 layers and the same width in the same library (SDPA), as it is and with its linear layers on oneDNN like ours."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ import torch
 
 from benchmarks.harness.bench import Case, Cost, run_bench
 from benchmarks.harness.timing import Provider
+from benchmarks.model import gguf_peer
 from benchmarks.shapes import LM
 from cobra_kernels.linear import linear, route_linears
 
 SHAPE = LM["130m"]
 LENGTHS = {"prompt-512": 512, "image": 800}
+MOST_TOKENS = 1024  # that llama.cpp takes in one pass
 
 
 def matrices() -> list[tuple[int, int]]:
@@ -150,6 +152,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 Provider("transformers mamba", prefill_hugging_face, slow_start=True),
                 Provider("transformers gpt-neox", prefill_neox, comparable=False),
                 Provider("gpt-neox, oneDNN", functools.partial(prefill_neox, routed=True), comparable=False),
+                *gguf_peer.providers(gguf_peer.prefill, ours, SHAPE, MOST_TOKENS),
             ],
             cache="warm", quick=shape == "prompt-512",
         )  # fmt: skip
@@ -162,6 +165,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         [
             Provider("cobra_kernels", decode_ours()),
             Provider("transformers mamba", decode_hugging_face(), slow_start=True),
+            *gguf_peer.providers(gguf_peer.decode, ours, SHAPE, MOST_TOKENS),
         ],
         cache="warm", quick=True,
     )  # fmt: skip
