@@ -223,7 +223,7 @@ def rendered(text: str, results: Path = store.RESULTS) -> str:
 # --- figures without a record ---------------------------------------------------------------------------------------------
 
 FIGURE = re.compile(
-    r"(?<![\w.-])\d[\d.,]*(?: (?:to|and|or) \d[\d.]*)?(?:"
+    r"(?<![\w.-])\d(?:[\d.,]*\d)?(?: (?:to|and|or) \d(?:[\d.]*\d)?)?(?:"
     r" ?(?:ns|us|µs|ms|s|[KMGT]B/s|[MGT]FLOP/s|GOP/s|tokens/s|tok/s)\b"
     r"|x(?!\w)| times(?= (?:faster|slower|sooner|as |the |that |ours))"
     r"| ?% of (?:[a-z]+ )?(?:roof|copy|peak|exponentials|exponential floor|read|bandwidth|matrix product|products))"
