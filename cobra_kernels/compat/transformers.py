@@ -11,19 +11,21 @@ import importlib.machinery
 import inspect
 import sys
 import threading
+import weakref
 from contextvars import ContextVar
 
 import torch
 from torch import nn
 
 import cobra_kernels
-from cobra_kernels.linear import apply_linear, is_plain, linear
+from cobra_kernels.linear import RoutedLinear, apply_linear, is_plain, linear
 
 PREFIX = "transformers.models."
 # The states that a mixer's next scans start from, in their order: see continue_from_cache.
 _initial_states: ContextVar[tuple[torch.Tensor, ...]] = ContextVar("initial_states", default=())
 _lock = threading.RLock()
 _replaced: list[tuple[object, str, object]] = []  # (module or class, name, what was there)
+_routed: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # layers of models, which may be gone by the time of undo()
 
 
 def causal_conv1d_fn(
@@ -89,14 +91,17 @@ MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 def apply_to_transformers(model: nn.Module | None = None, *, continue_from_cache: bool = False) -> list[str]:
     """Makes modeling files of transformers that are loaded, or those that `model` is made of, call our kernels.
 
-    model: its weights and modules stay as they are; other models of the same families are served too. A mixer that is more than its
-        plain layers (adapters, hooks, quantized weights) keeps its own forward, and gets the single functions.
+    model: other models of its families are served too. Its own nn.Linear layers outside the mixers, such as the head, become
+        `cobra_kernels.linear.RoutedLinear`, the same layer on the faster of torch's product libraries.
     continue_from_cache: a forward of several tokens with a cache continues the recurrence of Mamba-1 layers; transformers itself starts
         it again from zero, so that a prompt read in pieces is forgotten.
+    A mixer that is more than plain layers (adapters, hooks, quantized weights) keeps its own forward, and gets the single functions.
     Returns what was replaced, as "module.name". Calling it again replaces nothing twice.
     """
     with _lock:
         done = [name for module in _modeling_files(model) for name in _apply(module)]
+        if model is not None:
+            done += _route(model)
         if continue_from_cache:
             done += [name for module in _modeling_files(model) for name in _continue(module) if name not in done]
         return done
@@ -108,6 +113,9 @@ def undo() -> None:
         while _replaced:
             owner, name, original = _replaced.pop()
             setattr(owner, name, original)
+        for layer in _routed:
+            layer.__class__ = nn.Linear
+        _routed.clear()
 
 
 class _OnImport:
@@ -167,6 +175,20 @@ def _apply(module) -> list[str]:
 
 def _continue(module) -> list[str]:
     return [_replace(mixer, "forward", _continuing(mixer.forward)) for mixer in _mixers(module) if not hasattr(mixer.forward, "_continues")]
+
+
+def _route(model) -> list[str]:
+    """Turns the linear layers that a model's own modules call into RoutedLinear; a Mamba-1 mixer chooses the library itself."""
+    done = []
+    for owner in model.modules():
+        kind = type(owner)
+        if kind.__module__.startswith(PREFIX) and kind.__name__ not in MIXERS:
+            for name, layer in owner.named_children():
+                if type(layer) is nn.Linear:
+                    layer.__class__ = RoutedLinear
+                    _routed.add(layer)
+                    done.append(f"{kind.__module__}.{kind.__name__}.{name}")
+    return done
 
 
 def _mixers(module) -> list[type]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 
 import cobra_kernels
 from cobra_kernels import compat
+from cobra_kernels.linear import RoutedLinear
 from tests.tolerances import relative_error
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -24,14 +27,34 @@ MAMBA1 = {
     "Zamba": {"num_hidden_layers": 4, "layer_types": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
               "num_key_value_heads": 4, **ATTENTION},
 }  # fmt: skip
-MAMBA2 = {"Mamba2": {"num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1}}
-every_family = pytest.mark.parametrize("family", [*MAMBA1, *MAMBA2])
+HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "num_key_value_heads": 2, **ATTENTION}
+MAMBA2 = {
+    "Mamba2": {"num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "Bamba": {"num_hidden_layers": 2, "attn_layer_indices": [1], **HEADS},
+    "Zamba2": {"num_hidden_layers": 2, "layers_block_type": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 8, **ATTENTION},
+    "FalconH1": {"num_hidden_layers": 2, "mamba_d_ssm": 64, **HEADS},
+    "GraniteMoeHybrid": {"num_hidden_layers": 2, "layer_types": ["mamba", "attention"], "num_local_experts": 2,
+                         "shared_intermediate_size": 32, **HEADS},
+    "NemotronH": {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8,
+                  "n_groups": 2, "head_dim": 8, "num_key_value_heads": 2, **ATTENTION},
+}  # fmt: skip
+# Of the many families that have no more than the convolution from us.
+CONVOLUTION = {"Lfm2": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_key_value_heads": 2, **ATTENTION}}
+FAMILIES = MAMBA1 | MAMBA2 | CONVOLUTION
+every_family = pytest.mark.parametrize("family", FAMILIES)
+mamba1_families = pytest.mark.parametrize("family", MAMBA1)
+PROJECTIONS = ("in_proj", "x_proj", "out_proj")
+FUSED = ("Mamba",)  # whose training step is mamba_inner
 
 
-def make(family: str):
+def make(family: str, **changes):
     torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**BASE, **(MAMBA1 | MAMBA2)[family])
-    return getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{family}Config")(**BASE | FAMILIES[family] | changes)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    for name, p in model.named_parameters():
+        if any(part in name for part in PROJECTIONS):
+            p.data.mul_(4)  # a fresh mixer adds next to nothing to what it is given
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -53,10 +76,22 @@ def padded(side: str):
 
 
 def gradients(model, **inputs):
+    """Of a loss that leaves padding out."""
+    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     model.train().zero_grad()
-    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    model(**inputs, labels=inputs["input_ids"].masked_fill(mask == 0, -100)).loss.backward()
     model.eval()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(got, want, limit=1e-4):
+    assert got.keys() == want.keys()
+    for name, gradient in want.items():
+        assert relative_error(got[name], gradient) <= limit, name
+
+
+def ops_that_ran():
+    return {op for op, _ in cobra_kernels.call_counts()}
 
 
 @every_family
@@ -72,35 +107,74 @@ def test_logits_gradients_and_generation(family):
     assert compat.apply_to_transformers(model)
     cobra_kernels.reset_call_counts()
     got_logits, got_generated, got_grads = everything()
-    counts = {op for op, _ in cobra_kernels.call_counts()}
-    assert counts >= {"causal_conv1d", "causal_conv1d_update", "selective_state_update", "causal_conv1d_bwd"}
-    assert family in MAMBA2 or counts >= {"selective_scan", "selective_scan_bwd"}
+    ran = ops_that_ran()
+    assert ran >= {"causal_conv1d", "causal_conv1d_update"}
+    assert family in CONVOLUTION or "selective_state_update" in ran
+    assert family not in MAMBA1 or ran >= {"selective_scan", "selective_scan_bwd"}
+    assert ("mamba_inner_bwd" if family in FUSED else "causal_conv1d_bwd") in ran
     assert relative_error(got_logits, logits) <= 1e-5
     assert torch.equal(got_generated, generated)
-    assert got_grads.keys() == grads.keys()
-    for name, want in grads.items():
-        assert relative_error(got_grads[name], want) <= 1e-4, name
+    same_gradients(got_grads, grads)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @every_family
 def test_padding(family, side):
     model, inputs = make(family), padded(side)
+
+    def everything():
+        with torch.no_grad():
+            new = model.generate(**inputs, max_new_tokens=5, do_sample=False) if side == "left" else None
+            return model(**inputs).logits, new, gradients_of(model, inputs)
+
+    def gradients_of(model, inputs):
+        with torch.enable_grad():
+            return gradients(model, **inputs)
+
+    logits, new, grads = everything()
+    compat.apply_to_transformers(model)
+    got_logits, got_new, got_grads = everything()
+    assert relative_error(got_logits, logits) <= 1e-5
+    assert new is None or torch.equal(got_new, new)
+    same_gradients(got_grads, grads)
+
+
+@every_family
+def test_bfloat16(family):
+    """As close to the fp32 model as transformers' own bf16 is, and generating what forwards without a cache say."""
+    model, ids = make(family), tokens()
     with torch.no_grad():
-        want = model(**inputs).logits
-        new = model.generate(**inputs, max_new_tokens=5, do_sample=False) if side == "left" else None
+        exact = model(ids).logits
+        model.to(torch.bfloat16)
+        own = relative_error(model(ids).logits.float(), exact)
         compat.apply_to_transformers(model)
-        assert relative_error(model(**inputs).logits, want) <= 1e-5
-        assert new is None or torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), new)
+        assert relative_error(model(ids).logits.float(), exact) <= 1.5 * own
+        out = model(ids, use_cache=True)
+        cache = {name: out[name] for name in ("cache_params", "past_key_values") if name in out}
+        token = out.logits[:, -1:].argmax(-1)
+        cached = model(token, use_cache=True, **cache).logits[:, -1]
+        assert relative_error(cached.float(), model(torch.cat([ids, token], 1)).logits[:, -1].float()) <= 2 * own
+    assert all(bool(g.isfinite().all()) for g in gradients(model, input_ids=ids).values())
 
 
-@pytest.mark.parametrize("family", MAMBA1)
+@mamba1_families
+def test_beams(family):
+    """Beam search reorders the rows of a cache."""
+    model, ids = make(family), tokens()
+    arguments = {"max_new_tokens": 5, "do_sample": False, "num_beams": 3}
+    with torch.no_grad():
+        want = model.generate(ids, **arguments)
+        compat.apply_to_transformers(model)
+        assert torch.equal(model.generate(ids, **arguments), want)
+
+
+@mamba1_families
 def test_continuing_a_cache(family):
     """transformers starts the recurrence again at a second prompt; with continue_from_cache every split is the whole."""
     model, ids = make(family), tokens()
     for name, p in model.named_parameters():
-        if any(part in name for part in ("in_proj", "x_proj", "out_proj")):
-            p.data.mul_(10)  # a fresh mixer adds next to nothing to what it is given
+        if any(part in name for part in PROJECTIONS):
+            p.data.mul_(3)
     argument = "cache_params" if family.endswith("Mamba") else "past_key_values"
 
     def in_two(at):
@@ -122,11 +196,54 @@ def test_undo_and_again():
     before = {name: getattr(module, name) for name in compat.transformers.FUNCTIONS if hasattr(module, name)}
     forward = module.MambaMixer.forward
     first = compat.apply_to_transformers(model, continue_from_cache=True)
-    assert len(first) == len(before) + 1
+    assert sorted(name.removeprefix(f"{module.__name__}.") for name in first) == sorted([*before, "MambaMixer.forward", "MambaForCausalLM.lm_head"])
+    assert type(model.lm_head) is RoutedLinear
     assert compat.apply_to_transformers(model, continue_from_cache=True) == []
     compat.undo()
     assert all(getattr(module, name) is value for name, value in before.items()) and module.MambaMixer.forward is forward
+    assert type(model.lm_head) is torch.nn.Linear
     compat.undo()
+
+
+@mamba1_families
+def test_the_option_may_come_later(family):
+    """install() changes a modeling file when it is imported; asking for continue_from_cache afterwards is still heard."""
+    model = make(family)
+    assert compat.apply_to_transformers()
+    done = compat.apply_to_transformers(model, continue_from_cache=True)
+    assert any(name.endswith("Mixer.forward") for name in done)
+
+
+@pytest.mark.parametrize("change", ["weight_norm", "fp64", "gelu", "checkpointing"])
+@pytest.mark.parametrize("family", FUSED)
+def test_what_is_not_plain(family, change):
+    """Mixers that our forward does not stand for, and dtypes and activations that our kernels lack, keep transformers' way."""
+    model, ids = make(family, hidden_act="gelu" if change == "gelu" else "silu"), {"input_ids": tokens()}
+    if change == "weight_norm":
+        mixer = model.backbone.layers[0].mixer
+        torch.nn.utils.parametrizations.weight_norm(mixer.conv1d)
+        torch.nn.utils.parametrizations.weight_norm(mixer.x_proj)
+    if change == "fp64":
+        model.double()
+    if change == "checkpointing":
+        model.gradient_checkpointing_enable()
+    with torch.no_grad():
+        logits = model(**ids).logits
+    generated, grads = model.generate(**ids, max_new_tokens=3, do_sample=False), gradients(model, **ids)
+    compat.apply_to_transformers(model)
+    with torch.no_grad():
+        assert relative_error(model(**ids).logits, logits) <= 1e-5
+    assert torch.equal(model.generate(**ids, max_new_tokens=3, do_sample=False), generated)
+    same_gradients(gradients(model, **ids), grads)
+
+
+def test_a_model_that_is_gone_is_forgotten():
+    model = make("Mamba")
+    compat.apply_to_transformers(model)
+    head = weakref.ref(model.lm_head)
+    del model
+    gc.collect()
+    assert head() is None
 
 
 def test_one_model_leaves_other_families_alone():
