@@ -19,7 +19,7 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -39,12 +39,13 @@ CONFIG, TOKENIZER, MANIFEST = "config.json", "tokenizer.json", "manifest.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 OFFICIAL = Path("checkpoints", "latest-checkpoint.pt")
 
+LISTED = 10  # names in a message, of each kind of difference
 MAX_HEADER_BYTES = 16 << 20
 MAX_TENSORS = 20_000
 MAX_INDEX_BYTES = 16 << 20
 MAX_SHARDS = 1024
 SHARD_BYTES = 4 << 30
-_CHUNK = 16 << 20
+CHUNK = 16 << 20
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _KEPT_FP32 = (".mixer.A_log", ".mixer.D", ".mixer.dt_proj.bias")
@@ -73,18 +74,30 @@ class Entry:
     end: int
 
 
+def listed(word: str, names: Iterable[str]) -> str:
+    """'3 missing: a, b, c': at most ten of them."""
+    names = sorted(names)
+    return f"{len(names)} {word}: {', '.join(name[:160] for name in names[:LISTED])}{', ...' if len(names) > LISTED else ''}"
+
+
 # ------------------------------------------------------------------------------------------------ headers
+
+
+def keeps_fp32(name: str) -> bool:
+    """Whether a tensor is fp32 in every checkpoint: the state decays by it."""
+    return name.endswith(_KEPT_FP32)
 
 
 def _is_index(value: object) -> bool:
     return type(value) is int and 0 <= value < 1 << 63
 
 
-def parse_header(header: bytes, data_bytes: int, what: str) -> list[Entry]:
+def parse_header(header: bytes, data_bytes: int, what: str, dtypes: Mapping[str, torch.dtype] = DTYPES) -> list[Entry]:
     """The tensors of a safetensors header, in file order; everything that two readers could read differently is refused.
 
     header: the JSON text. data_bytes: bytes after it, which the tensors must fill exactly: ascending, without holes or
-    overlap. what: the file's name, for messages. Raises CheckpointError; allocates nothing of the sizes it reads.
+    overlap. what: the file's name, for messages. dtypes: those accepted. Raises CheckpointError; allocates nothing of the sizes
+    it reads.
     """
     document = strict_json(header, what)
     if not header.startswith(b"{") or not isinstance(document, dict):
@@ -100,13 +113,13 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> list[Entry]:
         if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
             raise CheckpointError(f"{label} is not described by dtype, shape and data_offsets")
         dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise CheckpointError(f"{label} has dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}")
+        if not isinstance(dtype, str) or dtype not in dtypes:
+            raise CheckpointError(f"{label} has dtype {dtype!r:.40}, expected one of {', '.join(dtypes)}")
         if not isinstance(shape, list) or len(shape) > 8 or not all(_is_index(n) and n > 0 for n in shape):
             raise CheckpointError(f"{label} has shape {shape!r:.80}, expected at most 8 positive integers")
         if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_index(n) for n in offsets):
             raise CheckpointError(f"{label} has data_offsets {offsets!r:.80}, expected two integers")
-        nbytes = math.prod(shape) * DTYPES[dtype].itemsize  # Python integers do not overflow
+        nbytes = math.prod(shape) * dtypes[dtype].itemsize  # Python integers do not overflow
         if offsets[1] - offsets[0] != nbytes:
             raise CheckpointError(
                 f"{label} spans {offsets[1] - offsets[0]:,} bytes, expected {nbytes:,}; shape {shape} and {dtype} decide"
@@ -128,7 +141,7 @@ def parse_header(header: bytes, data_bytes: int, what: str) -> list[Entry]:
     return entries
 
 
-def read_header(file: BinaryIO, what: str) -> tuple[bytes, list[Entry]]:
+def read_header(file: BinaryIO, what: str, dtypes: Mapping[str, torch.dtype] = DTYPES) -> tuple[bytes, list[Entry]]:
     """First bytes (length and header) and tensors of an open safetensors file; leaves it at the first tensor."""
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
@@ -140,7 +153,7 @@ def read_header(file: BinaryIO, what: str) -> tuple[bytes, list[Entry]]:
     header = file.read(length)
     if len(header) != length:
         raise CheckpointError(f"{what}: ends within its header")
-    return prefix + header, parse_header(header, size - 8 - length, what)
+    return prefix + header, parse_header(header, size - 8 - length, what, dtypes)
 
 
 # ------------------------------------------------------------------------------------------------ directories
@@ -175,8 +188,7 @@ def _exists(directory: Path, name: str) -> bool:
 
 def _convert_line(directory: Path, config: CobraConfig) -> str:
     towers = "".join(
-        f" --tower {tower.name}={_TOWER_FILES.get((tower.kind, tower.width), tower.kind)}.safetensors"
-        for tower in config.vision.towers
+        f" --{tower.name} {_TOWER_FILES.get((tower.kind, tower.width), tower.kind)}.safetensors" for tower in config.vision.towers
     )
     source, target = shlex.quote(str(directory)), shlex.quote(f"{directory}-safetensors")
     return f"cobra convert {source} {target}{towers} --tokenizer tokenizer.json"
@@ -207,7 +219,7 @@ def _read_config(directory: Path) -> tuple[CobraConfig, str]:
 def _read_index(directory: Path, digests: Mapping[str, str]) -> dict[str, set[str]]:
     """Shard file name -> names of its tensors."""
     data = _read(directory, INDEX, MAX_INDEX_BYTES)
-    _compare_digest(digests, INDEX, hashlib.sha256(data).hexdigest())
+    compare_digest(digests, INDEX, hashlib.sha256(data).hexdigest())
     index = strict_json(data, INDEX)
     if not isinstance(index, dict) or not {"weight_map"} <= set(index) <= {"metadata", "weight_map"}:
         raise CheckpointError(f"{INDEX}: is no object of weight_map and metadata")
@@ -224,7 +236,7 @@ def _read_index(directory: Path, digests: Mapping[str, str]) -> dict[str, set[st
     return shards
 
 
-def _read_manifest(directory: Path, required: bool) -> dict[str, str]:
+def read_manifest(directory: Path, required: bool) -> dict[str, str]:
     """File name -> sha256; empty without a manifest."""
     if not _exists(directory, MANIFEST):
         if required:
@@ -237,7 +249,7 @@ def _read_manifest(directory: Path, required: bool) -> dict[str, str]:
     return digests
 
 
-def _compare_digest(digests: Mapping[str, str], name: str, digest: str) -> None:
+def compare_digest(digests: Mapping[str, str], name: str, digest: str) -> None:
     if digests and digests.get(name) != digest:
         raise CheckpointError(f"{name}: sha256 is {digest}, expected {digests.get(name, 'none')}; {MANIFEST} decides")
 
@@ -262,69 +274,92 @@ def expected_shapes(model: CobraVLM) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
 
 
-def check_entries(entries: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """All tensors of all files against the model's: same names, same shapes, one dtype beside the ones kept in fp32."""
+def differences(entries: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """What is wrong with all tensors of all files, next to the model's; one line a kind, its first ten names.
+
+    Right are the same names and shapes, and one dtype (the first that comes) beside the tensors kept in fp32.
+    """
     names = {entry.name for entry in entries}
     problems = []
     for word, difference in (("missing", shapes.keys() - names), ("unexpected", names - shapes.keys())):
         if difference:
-            listed = ", ".join(name[:120] for name in sorted(difference)[:10])
-            problems.append(f"{len(difference)} {word}: {listed}{', ...' if len(difference) > 10 else ''}")
+            problems.append(listed(word, difference))
     if len(names) != len(entries):
         problems.append(f"{len(entries) - len(names)} given in two files")
+    known = [entry for entry in entries if entry.name in shapes]
+    shape = [f"{e.name} has shape {e.shape}, expected {shapes[e.name]}" for e in known if e.shape != shapes[e.name]]
+    if shape:
+        problems.append(f"{listed('of a wrong shape', shape)}; the config decides")
+    stored = next((entry.dtype for entry in known if not keeps_fp32(entry.name)), None)
+    low = [f"{e.name} is {e.dtype}, expected F32" for e in known if keeps_fp32(e.name) and e.dtype != "F32"]
+    if low:
+        problems.append(f"{listed('too coarse', low)}; the state decays by it")
+    mixed = [f"{e.name} is {e.dtype}, expected {stored}" for e in known if not keeps_fp32(e.name) and e.dtype != stored]
+    if mixed:
+        problems.append(f"{listed('of another dtype', mixed)} as the tensors before it")
+    return problems
+
+
+def check_entries(entries: list[Entry], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError if there are differences."""
+    problems = differences(entries, shapes)
     if problems:
         raise CheckpointError(f"checkpoint: tensors differ from the config's: {'; '.join(problems)}")
-    stored = ""
-    for entry in entries:
-        if entry.shape != shapes[entry.name]:
-            raise CheckpointError(
-                f"checkpoint: {entry.name} has shape {entry.shape}, expected {shapes[entry.name]}; the config decides"
-            )
-        if entry.name.endswith(_KEPT_FP32):
-            if entry.dtype != "F32":
-                raise CheckpointError(
-                    f"checkpoint: {entry.name} is {entry.dtype}, expected F32; the state decays by it"
-                )
-        elif (stored := stored or entry.dtype) != entry.dtype:
-            raise CheckpointError(
-                f"checkpoint: {entry.name} is {entry.dtype}, expected {stored} as the tensors before it"
-            )
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """An open safetensors file of a checkpoint; nothing after its header has been read."""
+
+    name: str
+    file: BinaryIO
+    head: bytes
+    entries: list[Entry]
+
+
+def open_weights(stack: contextlib.ExitStack, directory: Path, digests: Mapping[str, str]) -> list[WeightFile]:
+    """The weight files of a directory, until the stack closes; each holds what the index says, if there is one."""
+    single, sharded = _exists(directory, WEIGHTS), _exists(directory, INDEX)
+    if single and sharded:
+        raise CheckpointError(f"{directory}: has {WEIGHTS} and {INDEX}, expected one of them")
+    opened = []
+    for name, names in (_read_index(directory, digests) if sharded else {WEIGHTS: None}).items():
+        file = stack.enter_context(_open(directory, name))
+        head, entries = read_header(file, name)
+        if names is not None and names != {entry.name for entry in entries}:
+            raise CheckpointError(f"{name}: its tensors are not those that {INDEX} gives to it")
+        opened.append(WeightFile(name, file, head, entries))
+    return opened
+
+
+def read_weights(weights: WeightFile, digests: Mapping[str, str]) -> Iterator[tuple[Entry, Tensor]]:
+    """The tensors of a file, on the CPU, in file order and without holes: one pass reads, and hashes, all of it."""
+    digest = hashlib.sha256(weights.head) if digests else None
+    for entry in weights.entries:
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
+        fill(weights.file, memoryview(tensor.view(-1).view(torch.uint8).numpy()), digest, f"{weights.name}: {entry.name}")
+        yield entry, tensor
+    if digest is not None:
+        compare_digest(digests, weights.name, digest.hexdigest())
 
 
 def _read_tensors(
     directory: Path, shapes: Mapping[str, tuple[int, ...]], digests: Mapping[str, str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """All weights, on the CPU. Every header is checked before the first tensor is allocated."""
-    single, sharded = _exists(directory, WEIGHTS), _exists(directory, INDEX)
-    if single and sharded:
-        raise CheckpointError(f"{directory}: has {WEIGHTS} and {INDEX}, expected one of them")
-    shards = _read_index(directory, digests) if sharded else {WEIGHTS: None}
     with contextlib.ExitStack() as stack:
-        opened, entries = {}, []
-        for name, names in shards.items():
-            file = stack.enter_context(_open(directory, name))
-            head, tensors = read_header(file, name)
-            if names is not None and names != {entry.name for entry in tensors}:
-                raise CheckpointError(f"{name}: its tensors are not those that {INDEX} gives to it")
-            opened[name] = (file, head, tensors)
-            entries += tensors
-        check_entries(entries, shapes)
-        weights = {}
-        for name, (file, head, tensors) in opened.items():
-            digest = hashlib.sha256(head) if digests else None
-            for entry in tensors:  # in file order and without holes: one pass reads, and hashes, the whole file
-                tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-                _fill(file, memoryview(tensor.view(-1).view(torch.uint8).numpy()), digest, f"{name}: {entry.name}")
-                keep = dtype is None or entry.name.endswith(_KEPT_FP32)
-                weights[entry.name] = tensor if keep else tensor.to(dtype)
-            if digest is not None:
-                _compare_digest(digests, name, digest.hexdigest())
-    return weights
+        opened = open_weights(stack, directory, digests)
+        check_entries([entry for weights in opened for entry in weights.entries], shapes)
+        tensors = {}
+        for weights in opened:
+            for entry, tensor in read_weights(weights, digests):
+                tensors[entry.name] = tensor if dtype is None or keeps_fp32(entry.name) else tensor.to(dtype)
+    return tensors
 
 
-def _fill(file: BinaryIO, buffer: memoryview, digest: hashlib._Hash | None, what: str) -> None:
+def fill(file: BinaryIO, buffer: memoryview, digest: hashlib._Hash | None, what: str) -> None:
     while len(buffer):
-        count = file.readinto(buffer[:_CHUNK])
+        count = file.readinto(buffer[:CHUNK])
         if not count:
             raise CheckpointError(f"{what}: file ends early")
         if digest is not None:
@@ -349,9 +384,9 @@ def load(
         raise CheckpointError(f"load: dtype is {dtype}, expected float32, bfloat16, float16 or None")
     directory = Path(directory)
     config, config_digest = _read_config(directory)
-    digests = _read_manifest(directory, require_manifest)
-    _compare_digest(digests, CONFIG, config_digest)
-    tokenizer = _load_tokenizer(directory, config, digests)
+    digests = read_manifest(directory, require_manifest)
+    compare_digest(digests, CONFIG, config_digest)
+    tokenizer = load_tokenizer(directory, config, digests)
     model = meta_model(config)
     weights = _read_tensors(directory, expected_shapes(model), digests, dtype)
     model.load_state_dict(weights, strict=False, assign=True)  # strict by expected_shapes; only tied names are left out
@@ -375,9 +410,9 @@ def load_into(model: CobraVLM, directory: str | os.PathLike[str], *, require_man
         raise CheckpointError(
             f"load_into: {directory} is {config.model_id!r}, whose shape is not that of the model, {model.config.model_id!r}"
         )
-    digests = _read_manifest(directory, require_manifest)
-    _compare_digest(digests, CONFIG, config_digest)
-    _load_tokenizer(directory, config, digests)
+    digests = read_manifest(directory, require_manifest)
+    compare_digest(digests, CONFIG, config_digest)
+    load_tokenizer(directory, config, digests)
     weights = _read_tensors(directory, expected_shapes(model), digests, None)
     state = model.state_dict()
     with torch.no_grad():
@@ -385,12 +420,12 @@ def load_into(model: CobraVLM, directory: str | os.PathLike[str], *, require_man
             state[name].copy_(tensor)
 
 
-def _load_tokenizer(directory: Path, config: CobraConfig, digests: Mapping[str, str]) -> Tokenizer | None:
+def load_tokenizer(directory: Path, config: CobraConfig, digests: Mapping[str, str]) -> Tokenizer | None:
     """The tokenizer, if there is one."""
     if not _exists(directory, TOKENIZER):
         return None
     data = _read(directory, TOKENIZER, MAX_TOKENIZER_BYTES)
-    _compare_digest(digests, TOKENIZER, hashlib.sha256(data).hexdigest())
+    compare_digest(digests, TOKENIZER, hashlib.sha256(data).hexdigest())
     tokenizer = Tokenizer.from_json(data)
     tokenizer.check(config.lm)
     return tokenizer
@@ -404,52 +439,85 @@ def save(model: CobraVLM, directory: str | os.PathLike[str], *, max_shard_bytes:
 
     Every file appears under its name only when it is complete, the manifest last. Weights keep their dtypes.
     """
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     there = [name for name in (CONFIG, WEIGHTS, INDEX, TOKENIZER, MANIFEST) if _exists(directory, name)]
     if there:
         raise CheckpointError(f"save: {directory} has {', '.join(there)}, expected a directory without a checkpoint")
     state = model.state_dict()
-    shards: list[dict[str, Tensor]] = [{}]
+    plan = {name: (state[name].dtype, tuple(state[name].shape)) for name in expected_shapes(model)}
+    tokenizer = None if model.tokenizer is None else model.tokenizer.to_json()
+    write(directory, model.config, tokenizer, plan, lambda name: state[name].detach().cpu(), max_shard_bytes=max_shard_bytes)
+
+
+def write(
+    directory: Path,
+    config: CobraConfig,
+    tokenizer: bytes | None,
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+    tensor: Callable[[str], Tensor],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a checkpoint one tensor at a time.
+
+    plan: name -> (dtype, shape), in the order of the files. tensor(name): the tensor, on the CPU; asked once each, in that order,
+    and let go before the next one.
+    """
+    shards: list[list[str]] = [[]]
     filled = 0
-    for name in expected_shapes(model):
-        tensor = state[name].detach()
-        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
-            shards.append({})
+    for name, (dtype, shape) in plan.items():
+        size = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + size > max_shard_bytes:
+            shards.append([])
             filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
+        shards[-1].append(name)
+        filled += size
 
     digests: dict[str, str] = {}
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, 1):
-        name = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        part = directory / f"{name}.part"
-        save_file({key: tensor.cpu().contiguous() for key, tensor in shard.items()}, part)
-        digests[name] = _publish(part, directory / name)
-        weight_map |= dict.fromkeys(shard, name)
-    texts = {CONFIG: model.config.to_json().encode()}
+    for i, names in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        digests[file] = _publish(directory, file, _safetensors({name: plan[name] for name in names}, tensor))
+        weight_map |= dict.fromkeys(names, file)
+    texts = {CONFIG: config.to_json().encode()}
     if len(shards) > 1:
-        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        total = sum(math.prod(shape) * dtype.itemsize for dtype, shape in plan.values())
         texts[INDEX] = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2).encode()
-    if model.tokenizer is not None:
-        texts[TOKENIZER] = model.tokenizer.to_json()
-    for name, data in texts.items():
-        part = directory / f"{name}.part"
-        part.write_bytes(data)
-        digests[name] = _publish(part, directory / name)
-    part = directory / f"{MANIFEST}.part"
-    part.write_bytes(json.dumps({"sha256": digests}, indent=2).encode())
-    _publish(part, directory / MANIFEST)
+    if tokenizer is not None:
+        texts[TOKENIZER] = tokenizer
+    for file, data in texts.items():
+        digests[file] = _publish(directory, file, [data])
+    _publish(directory, MANIFEST, [json.dumps({"sha256": digests}, indent=2).encode()])
 
 
-def _publish(part: Path, target: Path) -> str:
-    """Give a complete file its name; returns its sha256."""
-    digest = hashlib.sha256()
-    with open(part, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    os.replace(part, target)
+def _safetensors(
+    plan: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], tensor: Callable[[str], Tensor]
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file: length of the header, header padded to 8 bytes, tensors."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for name, (dtype, shape) in plan.items():
+        end = position + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name, (dtype, shape) in plan.items():
+        value = tensor(name)
+        if value.dtype != dtype or tuple(value.shape) != shape:
+            raise CheckpointError(f"write: {name} is {value.dtype} {tuple(value.shape)}, expected {dtype} {shape}; the plan decides")
+        yield memoryview(value.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _publish(directory: Path, name: str, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file, which gets its name when it is complete; returns its sha256."""
+    digest, part = hashlib.sha256(), directory / f"{name}.part"
+    with open(part, "wb") as file:
+        for data in parts:
+            file.write(data)
+            digest.update(data)
+    os.replace(part, directory / name)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The command line: `cobra generate | chat | bench | doctor`, also as `python -m cobra`.
+"""The command line: `cobra generate | chat | convert | verify-checkpoint | bench | doctor`, also as `python -m cobra`.
 
 Answers go to stdout and everything else to stderr, so that an answer can be piped. Errors are one line, exit status 1; a
 wrong command line is 2, Ctrl-C is 130. Heavy imports are made when a command needs them: help is instant.
@@ -13,15 +13,16 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import cobra
-from cobra.config import PRESETS
+from cobra.config import PRESETS, VISION_BACKBONES
 
 if TYPE_CHECKING:
     from cobra.model import CobraVLM, ImageState
 
+TOWERS = sorted({tower.name for vision in VISION_BACKBONES.values() for tower in vision.towers})
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 MAIN_EPILOG = """\
@@ -29,6 +30,7 @@ examples:
   cobra generate photo.jpg "What is in the picture?" --model path/to/checkpoint
   cobra generate photo.jpg "Hello?" --preset cobra-tiny      nothing to download: random weights, noise for an answer
   cobra chat photo.jpg --model path/to/checkpoint            ask many questions, the photo is read once
+  cobra convert cobra+3b out --dino D --siglip S             published weights, once, to a folder for --model
   cobra bench                                                speed and memory next to a Transformer, with a report
   cobra doctor                                               what works on this machine, to paste into an issue
 
@@ -53,6 +55,26 @@ in the chat:
   /quit             leave (so does Ctrl-D)
 
 Ctrl-C while an answer is coming stops that answer; at the prompt it leaves.
+"""
+
+CONVERT_EPILOG = """\
+examples:
+  cobra convert cobra+3b cobra-3b --dino dino.safetensors --siglip siglip.bin --tokenizer tokenizer.json
+  cobra generate photo.jpg "What is this?" --model cobra-3b
+
+SOURCE has config.json and checkpoints/latest-checkpoint.pt. That file is a pickle, which could run code: it is opened by a process
+that can read files and nothing else, and only tensors are taken from it. The published ones lack the vision towers; for cobra+3b they
+are timm's vit_large_patch14_reg4_dinov2.lvd142m and ViT-SO400M-14-SigLIP-384, with timm's or Hugging Face's names in them. The
+tokenizer.json is that of the language model. TARGET appears when it is complete.
+"""
+
+VERIFY_EPILOG = """\
+examples:
+  cobra verify-checkpoint cobra-3b                           a folder of `cobra convert`
+  cobra verify-checkpoint cobra+3b                           an official folder, before its conversion
+  cobra verify-checkpoint siglip.bin --against cobra-3b      one file, as a part of that model
+
+Prints every tensor with its dtype, shape and sha256, then what is wrong. Exit status: 0 nothing is wrong, 1 something is.
 """
 
 CHAT_COMMANDS = CHAT_EPILOG.split("\n\n")[0].split("\n", 1)[1]
@@ -119,6 +141,25 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("image", metavar="PHOTO", nargs="?", help="an image file; without one, /image gives it later")
     _model_arguments(chat)
     _answer_arguments(chat)
+
+    convert = _command(commands, "convert", _convert, "make a checkpoint directory of an official one", CONVERT_EPILOG)
+    convert.add_argument("source", metavar="SOURCE", help="the official folder")
+    convert.add_argument("target", metavar="TARGET", help="a new or empty folder")
+    for name in TOWERS:
+        convert.add_argument(f"--{name}", metavar="FILE", help=f"weights of the {name} tower: .safetensors, .pt or .bin")
+    convert.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json of the language model")
+    convert.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights (default: %(default)s); "
+        "A_log, D and dt_proj.bias are float32 anyway",
+    )  # fmt: skip
+    convert.add_argument("--quiet", action="store_true", help="no notes and no progress")
+
+    verify = _command(commands, "verify-checkpoint", _verify, "list a checkpoint's tensors and what is wrong with them", VERIFY_EPILOG)
+    verify.add_argument("path", metavar="PATH", help="a checkpoint folder (ours, official, mamba_ssm's, transformers') or one weight file")
+    verify.add_argument(
+        "--against", metavar="CONFIG", help=f"a config.json, a folder with one, or a preset: {', '.join(PRESETS)} (default: the folder's own)"
+    )
+    verify.add_argument("--quiet", action="store_true", help="no notes and no progress")
 
     bench = commands.add_parser(
         "bench", help="measure speed and memory next to a Transformer, write a report", add_help=False, prefix_chars="\0"
@@ -266,6 +307,33 @@ def _turn(vlm: CobraVLM, kept: ImageState | None, builder, question: str, args: 
     return builder
 
 
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from cobra.convert import convert
+
+    towers = {name: getattr(args, name) for name in TOWERS if getattr(args, name)}
+    start = time.perf_counter()
+    with _progress(f"converting {args.source}", args.quiet) as begin:
+        config = convert(
+            args.source, args.target, towers=towers, tokenizer=args.tokenizer, dtype=getattr(torch, args.dtype), begin=begin
+        )
+    if not args.quiet:
+        lacks = "" if args.tokenizer else "; without --tokenizer the model takes and returns token ids only"
+        print(f"{args.target}: {config.model_id}, {time.perf_counter() - start:.1f} s{lacks}", file=sys.stderr)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from cobra.verify import verify
+
+    with _progress(f"reading {args.path}", args.quiet or sys.stdout.isatty()) as begin:  # the lines themselves are progress
+        report = verify(args.path, args.against, say=lambda line: print(_plain(line)), begin=begin)
+    for line in report.summary():
+        print(_plain(line))
+    return 0 if report.is_right else 1
+
+
 def _bench(args: argparse.Namespace) -> int:
     try:
         from benchmarks.model import demo
@@ -337,10 +405,15 @@ def _ask(builder, question: str):
 
 
 def _say(piece: str) -> None:
-    """Print a part of an answer; to a terminal without control characters, which could move its cursor or worse."""
+    """Print a part of an answer."""
+    print(_plain(piece), end="", flush=True)
+
+
+def _plain(text: str) -> str:
+    """For a terminal, without control characters, which could move its cursor or worse."""
     if sys.stdout.isatty():
-        piece = "".join(c for c in piece if c in "\n\t" or unicodedata.category(c) != "Cc")
-    print(piece, end="", flush=True)
+        text = "".join(c for c in text if c in "\n\t" or unicodedata.category(c) != "Cc")
+    return text
 
 
 def _read_line() -> str | None:
@@ -365,15 +438,42 @@ def _step(text: str, quiet: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _spinner(text: str) -> Iterator[None]:
-    console = None
-    if sys.stderr.isatty():
-        with contextlib.suppress(ImportError):  # rich is optional
-            from rich.console import Console
-
-            console = Console(stderr=True)
+    console = _console()
     if console is None:
         print(f"{text} ...", file=sys.stderr, flush=True)
         yield
     else:
         with console.status(f"{text} ..."):
             yield
+
+
+@contextlib.contextmanager
+def _progress(text: str, quiet: bool) -> Iterator[Callable[[int], Callable[[int], None]]]:
+    """Gives begin(total bytes) -> advance(bytes): a bar on a terminal, one plain line elsewhere, on stderr."""
+    console = None if quiet else _console()
+    if console is None:
+        if not quiet:
+            print(f"{text} ...", file=sys.stderr, flush=True)
+        yield lambda total: lambda count: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(text, total=None)
+
+        def begin(total: int) -> Callable[[int], None]:
+            bar.update(task, total=total)
+            return lambda count: bar.advance(task, count)
+
+        yield begin
+
+
+def _console():
+    """rich's console on a terminal, if rich is there."""
+    if sys.stderr.isatty():
+        with contextlib.suppress(ImportError):  # rich is optional
+            from rich.console import Console
+
+            return Console(stderr=True)
+    return None

@@ -10,9 +10,11 @@ Module and parameter names are those of mamba_ssm's `MambaLMHeadModel`.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -204,6 +206,24 @@ class MambaLMHeadModel(nn.Module):
     def tie_weights(self) -> None:
         if self.config.tie_embeddings:
             self.lm_head.weight = self.backbone.embedding.weight
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], device=None, dtype: torch.dtype | None = None) -> MambaLMHeadModel:
+        """A model, in eval mode, of a folder that mamba_ssm or transformers has written; nothing is downloaded.
+
+        device: where it goes, the CPU if None. dtype: of the weights, as stored if None; `A_log`, `D` and `dt_proj.bias` are
+        fp32 anyway. Raises `ArgumentError` for a config that is no Mamba-1, and lists what is missing, unexpected or of a wrong
+        shape; see `cobra_kernels.modules.pretrained` for the files.
+        """
+        from cobra_kernels.modules import pretrained
+
+        folder = Path(folder)
+        config = pretrained.read_config(folder)
+        weights = pretrained.read_weights(folder, config, device, dtype)
+        model = cls(config, device="meta")
+        model.load_state_dict(weights, strict=False, assign=True)  # strict by read_weights; only the tied head is left out
+        model.tie_weights()
+        return model.eval()
 
     def _apply(self, fn, recurse: bool = True) -> MambaLMHeadModel:
         super()._apply(fn, recurse)

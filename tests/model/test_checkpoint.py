@@ -407,7 +407,7 @@ def test_nothing_is_allocated_for_a_wrong_header(copy, monkeypatch):
     with open(directory / "model.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + (1 << 40))
-    monkeypatch.setattr(checkpoint, "_fill", lambda *args: pytest.fail("read"))
+    monkeypatch.setattr(checkpoint, "fill", lambda *args: pytest.fail("read"))
     with pytest.raises(CheckpointError, match="missing"):
         cobra.load(directory)
 
@@ -473,8 +473,8 @@ def test_the_official_directory_is_not_unpickled_but_explained(tmp_path):
     with pytest.raises(CheckpointError) as error:
         cobra.load(directory)
     line = (
-        f"cobra convert '{directory}' '{directory}-safetensors' --tower dino=vit_large_patch14_reg4_dinov2.lvd142m.safetensors "
-        "--tower siglip=ViT-SO400M-14-SigLIP.safetensors --tokenizer tokenizer.json"
+        f"cobra convert '{directory}' '{directory}-safetensors' --dino vit_large_patch14_reg4_dinov2.lvd142m.safetensors "
+        "--siglip ViT-SO400M-14-SigLIP.safetensors --tokenizer tokenizer.json"
     )
     assert str(error.value).splitlines()[1] == f"    {line}"
 

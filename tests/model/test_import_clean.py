@@ -103,5 +103,7 @@ def test_no_source_file_unpickles():
         "trust_remote_code",
     )
     for path in sorted((ROOT / "cobra").glob("*.py")):
+        if path.name == "unpickle.py":  # the one place, and a process of its own: tests/model/test_convert.py
+            continue
         text = path.read_text().replace(".eval(", "")
         assert not [word for word in words if word in text], path.name
