@@ -45,6 +45,59 @@ def test_forward_and_states(dtype, seqlen, channel_last):
     assert torch.equal(final.double(), want_final)
 
 
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_of_every_mix_of_dtypes(dtype, weight_dtype):
+    """Through the output, by a gradient that is expanded as `.sum()` makes it, and through the final states."""
+    from causal_conv1d.causal_conv1d_interface import CausalConv1dFn, causal_conv1d_ref
+
+    x, weight, bias, initial = inputs(dtype, seqlen=19, width=3)
+    leaves = [t.requires_grad_() for t in (x, weight.to(weight_dtype), bias.to(weight_dtype), initial)]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    out, final = CausalConv1dFn.apply(*leaves[:3], None, leaves[3], True, None, "swish")
+    want, want_final = causal_conv1d_ref(*wide, return_final_states=True, activation="swish")
+    assert torch.equal(final.double(), want_final)
+    dout, dfinal = torch.randn(1, 10, 1).expand(out.shape).to(dtype), torch.randn(final.shape).to(dtype)
+    got = torch.autograd.grad((out, final), leaves, (dout, dfinal))
+    for g, w in zip(got, torch.autograd.grad((want, want_final), wide, (dout.double(), dfinal.double())), strict=True):
+        assert_close(g, w, GRADIENT[g.dtype])
+
+
+def test_packed_sequences_are_those_run_alone():
+    """seq_idx: nothing crosses a boundary, and what is negative is padding, 0 with gradient 0."""
+    from causal_conv1d import causal_conv1d_fn
+
+    x, weight, bias, _ = inputs(batch=1, seqlen=20, channel_last=True)
+    x.requires_grad_()
+    seq_idx = torch.tensor([[0] * 3 + [1] + [2] * 9 + [-1] * 2 + [3] * 5], dtype=torch.int32)
+    out = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    (grad,) = torch.autograd.grad(out.square().sum(), x)
+    for index in range(4):
+        at = seq_idx[0] == index
+        alone = x.detach()[:, :, at].requires_grad_()
+        want = causal_conv1d_fn(alone, weight, bias, activation="silu")
+        assert torch.equal(out[:, :, at], want)
+        assert torch.equal(grad[:, :, at], torch.autograd.grad(want.square().sum(), alone)[0])
+    assert (out[:, :, seq_idx[0] < 0] == 0).all() and (grad[:, :, seq_idx[0] < 0] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_update_of_a_pool(dtype):
+    """Rows by index, padding left alone, the state's bits."""
+    from causal_conv1d import causal_conv1d_update
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_update_ref
+
+    x, weight, bias, _ = inputs(dtype, batch=3, seqlen=2)
+    pool = torch.randn(6, 10, 4, generator=torch.Generator().manual_seed(5)).to(dtype)
+    state, before = pool.clone(), pool[[5, 2]].clone()
+    out = causal_conv1d_update(x, state, weight, bias, "silu", None, torch.tensor([5, -1, 2], dtype=torch.int32))
+    wide = before.double()
+    want = causal_conv1d_update_ref(x[[0, 2]].double(), wide, weight.double(), bias.double(), "silu")
+    assert_close(out[[0, 2]], want, OUTPUT[dtype])
+    assert torch.equal(state[[5, 2]].double(), wide) and torch.equal(state[[0, 1, 3, 4]], pool[[0, 1, 3, 4]])
+    assert (out[1] == 0).all()
+
+
 def test_update_shifts_and_turns():
     from causal_conv1d import causal_conv1d_update
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_update_ref

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -77,12 +78,30 @@ def test_what_it_finds_is_left_alone(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
+def test_raw_modules_are_there_for_a_fork_without_them(tmp_path, monkeypatch):
+    """Vim's own mamba_ssm, or mamba_ssm 2.3.2 as it installs by default: Python files that import a selective_scan_cuda they lack."""
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").write_text(
+        "import selective_scan_cuda, causal_conv1d_cuda\nfrom causal_conv1d import causal_conv1d_fn"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert str(tmp_path) in compat.install()["mamba_ssm"]
+    fork = importlib.import_module("mamba_ssm")
+    assert Path(fork.__file__).is_relative_to(tmp_path) and Path(fork.selective_scan_cuda.__file__).is_relative_to(SHIMS)
+    del sys.modules["mamba_ssm"]
+
+
 def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     """Python run in a checkout of causal-conv1d, or in a folder with kernels of that name."""
     (tmp_path / "causal_conv1d").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert "cobra_kernels" in compat.install()["causal_conv1d"]
-    assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
+    for imported in (False, True):  # a `try: import causal_conv1d` before install() leaves such a folder in sys.modules
+        if imported:
+            assert not hasattr(importlib.import_module("causal_conv1d"), "__version__")
+        assert "cobra_kernels" in compat.install()["causal_conv1d"]
+        assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
+        compat.uninstall()
+    sys.modules.pop("causal_conv1d")
 
 
 def test_again_changes_nothing():
@@ -95,11 +114,19 @@ def test_again_changes_nothing():
 
 
 def test_from_many_threads():
-    threads = [threading.Thread(target=compat.install) for _ in range(16)]
+    """Each thread can import as soon as its own call returns."""
+    found = []
+
+    def work():
+        compat.install()
+        found.append(importlib.import_module("mamba_ssm"))
+
+    threads = [threading.Thread(target=work) for _ in range(16)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(found) == 16 and len(set(map(id, found))) == 1
     assert [entry for entry in sys.path if "shims" in entry] == [str(SHIMS / name) for name in NAMES]
 
 
@@ -115,15 +142,42 @@ def test_versions_and_metadata(shims):
 
 
 def test_in_subprocesses(shims):
-    assert "shims" in run("import mamba_ssm, causal_conv1d; print(mamba_ssm.__file__)")
+    """Those that see the environment, and those that multiprocessing starts; theirs come back when it is taken away."""
+    see = f"import importlib.util as u; print(all('shims' in u.find_spec(n).origin for n in {NAMES}))"
+    assert run(see).strip() == "True"
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert str(SHIMS) in pool.apply(importlib.util.find_spec, ("mamba_ssm",)).origin
+
+
+def test_the_search_path_of_subprocesses_is_restored(monkeypatch, tmp_path):
+    """As it was, empty entries (the working directory) included; ours go behind it, or before it to replace what is there."""
+    (tmp_path / "mamba_ssm").mkdir()
+    (tmp_path / "mamba_ssm" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for before in (f"/a{os.pathsep}{os.pathsep}/b", "/a"):
+        monkeypatch.setenv("PYTHONPATH", before)
+        compat.install()
+        assert os.environ["PYTHONPATH"].startswith(before + os.pathsep + str(SHIMS))
+        compat.install(force=True)
+        assert os.environ["PYTHONPATH"].startswith(str(SHIMS / "mamba_ssm") + os.pathsep + before)
+        compat.uninstall()
+        assert os.environ["PYTHONPATH"] == before
 
 
 def test_absent_names_say_so_when_called(shims):
     from mamba_ssm import Mamba2
+    from mamba_ssm.distributed.tensor_parallel import ColumnParallelLinear
+    from mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
+    from mamba_ssm.ops.triton.layer_norm import _layer_norm_fwd
     from mamba_ssm.ops.triton.selective_state_update import _selective_scan_update_kernel
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
-    for call in (mamba_chunk_scan_combined, Mamba2, _selective_scan_update_kernel, lambda: _selective_scan_update_kernel[(1,)]):
+    class Derived(ColumnParallelLinear):
+        """Deriving from what is not there is no call of it either."""
+
+    kernel = _selective_scan_update_kernel
+    absent = (mamba_chunk_scan_combined, ssd_minimal_discrete, Mamba2, ColumnParallelLinear, Derived, _layer_norm_fwd, kernel)
+    for call in (*absent, lambda: kernel[(1,)]):
         with pytest.raises(NotImplementedError, match=r"mamba_ssm\.\S+ is not provided by cobra_kernels"):
             call()
 
