@@ -49,6 +49,32 @@ def test_real_sizes_are_built_on_the_meta_device(name):
     assert sum(p.nbytes for p in tensors) == model.shape.weight_bytes(2)  # Cobra keeps A, D and dt's bias in fp32
 
 
+@pytest.mark.parametrize("name", EVERYONE)
+def test_every_parameter_has_a_value(subject, name):
+    """Built without torch's initialisation and filled by hand: nothing is forgotten, no two rows are alike."""
+    model = subject(name)
+    for part, module in model.modules.items():
+        for key, p in module.named_parameters():
+            assert p.isfinite().all() and (p.abs() < 10).all(), (part, key)
+            if p.dim() == 2 and not key.endswith("A_log") and p.numel() > 1000:
+                assert 0.015 < p.std().item() < 0.025, (part, key)
+                assert len(p.unique(dim=0)) == len(p), (part, key)
+            elif p.dim() == 1 and "norm" in key:
+                assert (p == (0 if key.endswith("bias") else 1)).all(), (part, key)
+
+
+def test_a_recurrence_keeps_its_decays(subject):
+    import cobra
+
+    with pytest.warns(cobra.RandomWeightsWarning):
+        expected = dict(cobra.from_preset("cobra-tiny").llm.named_parameters())
+    for key, p in subject("cobra-tiny").modules["language"].named_parameters():
+        if key.endswith(("A_log", ".D")):
+            assert torch.equal(p, expected[key])
+        elif key.endswith("dt_proj.bias"):  # drawn: between the same bounds
+            assert (torch.nn.functional.softplus(p) > 9e-4).all() and (torch.nn.functional.softplus(p) < 0.11).all()
+
+
 def test_published_parameter_counts():
     """Llama-2-7B, Phi-2, Mamba-2.8B; CLIP-L/336's tower has 303,507,456, of which a final LayerNorm (2048) is not used."""
     counts = {name: shape_of(name).parameters for name in ("llava-1.5-7b", "tinyllava-3.1b", "cobra-3b")}
