@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from cobra_kernels import errors
-from cobra_kernels.modules import lm, mamba
+from cobra_kernels.modules import lm, mamba, pretrained
 
 from .generation import GenerationMixin
 from .norms import RMSNorm
@@ -113,19 +113,17 @@ class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
     def from_pretrained(
         cls, pretrained_model_name: str | Path, device=None, dtype: torch.dtype | None = None, **kwargs
     ) -> MambaLMHeadModel:
-        """A model of a folder with config.json and pytorch_model.bin or model.safetensors, or of such a repository's name.
+        """A model of a folder that mamba_ssm or transformers has written, or of such a repository's name.
 
         Weights are read without running any code of the file. Raises ArgumentError for a bad config, wrong or missing keys.
         """
-        config = MambaConfig.from_dict(load_config_hf(pretrained_model_name))
+        folder = _folder(pretrained_model_name)
+        config = pretrained.read_config(folder, MambaConfig)
         model = cls(config, device="meta", dtype=dtype, **kwargs)
-        weights = load_state_dict_hf(pretrained_model_name, device=device, dtype=dtype)
-        if config.tie_embeddings and "backbone.embedding.weight" in weights:
-            weights.setdefault("lm_head.weight", weights["backbone.embedding.weight"])
-        _check_weights(model, weights, pretrained_model_name)
-        model.load_state_dict(weights, assign=True)
+        weights = pretrained.read_weights(folder, config, device, dtype)
+        model.load_state_dict(weights, strict=False, assign=True)  # strict by read_weights; only the tied head is left out
         model.tie_weights()
-        return model.to(device) if device is not None else model
+        return model
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """config.json and pytorch_model.bin, as mamba_ssm writes and reads them."""
@@ -138,18 +136,18 @@ class MambaLMHeadModel(lm.MambaLMHeadModel, GenerationMixin):
         (folder / CONFIG).write_text(json.dumps(values, indent=4))
 
 
-def _check_weights(model, weights: dict[str, torch.Tensor], source) -> None:
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in weights]
-    problems += [f"{name} is not part of the model" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(t.shape)}, expected {expected[name]}"
-        for name, t in weights.items()
-        if name in expected and tuple(t.shape) != expected[name]
-    ]
-    if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise errors.ArgumentError(f"from_pretrained: {source} does not fit its config: {'; '.join(problems[:10])}{more}")
+def _folder(model_name: str | Path) -> Path:
+    """The folder with a model's files; of a repository, once they are in transformers' cache."""
+    if Path(model_name).is_dir():
+        return Path(model_name)
+    folder = _file(model_name, CONFIG).parent
+    if _file(model_name, SAFE_WEIGHTS, missing_ok=True) is None:
+        if _file(model_name, pretrained.INDEX, missing_ok=True) is None:
+            _file(model_name, WEIGHTS)
+        else:
+            for path in pretrained.weight_files(folder):
+                _file(model_name, path.name)
+    return folder
 
 
 def load_config_hf(model_name: str | Path) -> dict[str, Any]:

@@ -48,17 +48,17 @@ _SSM = {
 }
 
 
-def parse_config(values: Mapping[str, Any]) -> MambaConfig:
-    """The config of either library; raises ArgumentError for what is no Mamba-1 language model."""
+def parse_config(values: Mapping[str, Any], cls: type[MambaConfig] = MambaConfig) -> MambaConfig:
+    """The config of either library, as a `cls`; raises ArgumentError for what is no Mamba-1 language model."""
     if not isinstance(values, Mapping):
         raise errors.ArgumentError(f"{CONFIG}: is {type(values).__name__}, expected an object")
     if "model_type" not in values:
-        return MambaConfig.from_dict(values)
+        return cls.from_dict(values)
     if values["model_type"] != "mamba":
         raise errors.ArgumentError(f"{CONFIG}: model_type is {values['model_type']!r:.80}, expected 'mamba'")
     if values.get("hidden_act", "silu") not in ("silu", "swish"):
         raise errors.ArgumentError(f"{CONFIG}: hidden_act is {values['hidden_act']!r:.80}, expected 'silu'")
-    config = MambaConfig(
+    config = cls(
         **{ours: values.get(theirs, default) for theirs, (ours, default) in _TOP.items()},
         ssm_cfg={ours: values.get(theirs, default) for theirs, (ours, default) in _SSM.items()},
         pad_vocab_size_multiple=1,
@@ -71,11 +71,11 @@ def parse_config(values: Mapping[str, Any]) -> MambaConfig:
     return config
 
 
-def read_config(folder: Path) -> MambaConfig:
+def read_config(folder: Path, cls: type[MambaConfig] = MambaConfig) -> MambaConfig:
     """The config.json of a folder."""
     path = folder / CONFIG
     try:
-        return parse_config(json.loads(path.read_text()))
+        return parse_config(json.loads(path.read_text()), cls)
     except OSError as error:
         raise errors.ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
     except ValueError as error:
