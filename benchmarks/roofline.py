@@ -13,12 +13,16 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from benchmarks.harness.bench import Cost
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.records import RESULTS
 from benchmarks.harness.timing import Provider, Timing, compare, measure
 
 KINDS = ("copy", "read", "matmul", "exp")
@@ -182,12 +186,29 @@ def machine_roofs(device: str = "cpu", seconds: float = 0.5, copy_bytes: int = 1
     return roofs
 
 
+def plot(results: Path, out: Path) -> int:
+    from benchmarks import roofplot
+
+    try:
+        drawn = [path for folder in sorted(results.glob("*/")) for path in roofplot.draw(folder, out)]
+    except ImportError as error:
+        print(f"--plot: {error}; pip install matplotlib")
+        return 2
+    print("\n".join(os.path.relpath(path) for path in drawn) or f"no records with a roof under {os.path.relpath(results)}: make bench")
+    return 0 if drawn else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     from benchmarks.harness.table import figures, print_table
 
-    p = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description="Measure the roofs of this machine.")
+    p = argparse.ArgumentParser(prog="python -m benchmarks.roofline", description="Measure the roofs of this machine, or draw those of the records.")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--plot", action="store_true", help="measure nothing: draw every device's records under its roofs")
+    p.add_argument("--results", type=Path, default=RESULTS, help="of --plot: folder of <device>/<op>.jsonl (default: benchmarks/results)")
+    p.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="of --plot: folder of the pictures (default: out/bench)")
     args = p.parse_args(argv)
+    if args.plot:
+        return plot(args.results, args.out)
     rows = [[name, figures(value)] for name, value in machine_roofs(args.device).items()]
     print_table(f"roofs, {torch.get_num_threads()} threads", [("roof", "<"), ("value", ">")], rows)
     return 0
