@@ -20,6 +20,9 @@
 #if defined(COBRA_WITH_CUDA)
 // Only libtorch_cuda exports it: null on a CPU build of torch, where no CUDA tensor can arrive.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+// Of the static cudart, whose header a binding does not need otherwise; an enum is an int to C.
+extern "C" const char* cudaGetErrorName(int);
+extern "C" const char* cudaGetErrorString(int);
 #endif
 
 namespace cobra {
@@ -170,7 +173,9 @@ inline void* current_stream(const Tensor& t, const char* op) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0, op, ": torch gave no CUDA stream");
   return stream;
 }
-inline void check_launch(int status, const char* op) { STD_TORCH_CHECK(status == 0, op, ": the CUDA launch failed with cudaError ", status); }
+inline void check_launch(int status, const char* op) {
+  STD_TORCH_CHECK(status == 0, op, ": the CUDA launch failed: ", cudaGetErrorName(status), ", ", cudaGetErrorString(status));
+}
 #endif
 
 }  // namespace cobra

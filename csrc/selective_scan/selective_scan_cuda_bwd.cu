@@ -876,7 +876,7 @@ int backward(const SelectiveScanBwdParams& p, void* stream) {
   share_out(call);
   const int64_t rows = sequence_count(p) * call.blocks_per_row;
   // Two blocks fit a multiprocessor. With less than two rounds of them, spans of sequences run side by side.
-  call.apart = p.seqlen > kSpan && rows < 4 * int64_t(p.multiprocessors);
+  call.apart = p.seqlen > kSpan && rows < 4 * int64_t(p.multiprocessors) && !(p.cu_seqlens && p.num_seqs == 0);  // padding alone has no spans
   call.items = call.apart ? p.batch * span_slots(p) * call.blocks_per_row : rows;
   const int64_t groups = p.B_stride.groups > p.C_stride.groups ? p.B_stride.groups : p.C_stride.groups;
   const bool constant = p.B_constant || p.C_constant;

@@ -15,6 +15,7 @@ SPANS = [
     Case(batch=1, dim=70, seqlen=300, initial=True, dtype="bf16", layout="transposed"),
     Case(dim=4, seqlen=330, dstate=18, B=2, C="constant", initial=True),
     Case(batch=1, dim=6, seqlen=900, packed=(0, 0, 300, 300, 560, 811, 880), initial=True),
+    Case(batch=1, dim=6, seqlen=600, packed=(0,)),  # padding alone
     Case(batch=1, dim=20, seqlen=300, max_grid_x=2),
 ]
 DOUBLE = [
