@@ -14,6 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
+from . import transformers
+
 SHIMS = Path(__file__).resolve().parent / "shims"
 # The packages, then their compiled modules: those of mamba_ssm and causal_conv1d, which forks with Python files of their own call,
 # and mamba_ssm itself where it was built without them; and the two that VMamba builds.
@@ -27,10 +29,13 @@ def install(force: bool = False) -> dict[str, str]:
     """Makes `mamba_ssm`, `causal_conv1d` and their raw modules importable here and in subprocesses, served by cobra_kernels.
 
     A name that is really installed stays unless `force`. Returns what each name now is. Call it before foreign code imports
-    them; calling it again changes nothing.
+    them; calling it again changes nothing. transformers, imported after it, runs Mamba mixers as apply_to_transformers() makes it.
     """
     with _lock:
-        return {name: _install(name, force) for name in NAMES}
+        done = {name: _install(name, force) for name in NAMES}
+        if {"mamba_ssm", "causal_conv1d"} <= _replaced.keys():  # else transformers has kernels that were asked to stay
+            transformers.apply_on_import()
+        return done
 
 
 def uninstall() -> None:
@@ -43,6 +48,7 @@ def uninstall() -> None:
             _forget(name)
             sys.modules.update(modules)
             del _replaced[name]
+        transformers.stop_on_import()
         importlib.invalidate_caches()
 
 
