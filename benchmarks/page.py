@@ -43,17 +43,17 @@ svg .s0 { color: var(--s0); } svg .s1 { color: var(--s1); } svg .s2 { color: var
 svg .s4 { color: var(--s4); } svg .s5 { color: var(--s5); }
 svg .name[class*=" s"], svg .mark, svg .bar, svg .band { fill: currentColor; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .line { fill: none; stroke: currentColor; stroke-width: 2.5; } svg .band { opacity: .18; }
-svg .limit { fill: none; stroke: currentColor; stroke-width: 2; stroke-dasharray: 6 4; } svg .bar ~ .limit { color: var(--fg); }
+svg .line.soft { stroke-width: 1.4; opacity: .65; } svg .limit { fill: none; stroke: currentColor; stroke-width: 2; stroke-dasharray: 6 4; } svg .bar ~ .limit { color: var(--fg); }
 svg .bar.b { opacity: var(--a2); } svg .bar.c { opacity: var(--a3); } svg .inbar { font-size: 12px; fill: var(--ink); font-weight: 600; }
 .warn { border-left: 3px solid var(--s1); padding: 6px 12px; background: var(--card); margin-top: 16px; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; margin: 10px 0; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 6px 10px; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); vertical-align: bottom; } th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--s0); outline-offset: 2px; }
 th[aria-sort="ascending"] button::after { content: " \\2191"; } th[aria-sort="descending"] button::after { content: " \\2193"; }
 td small { font-size: .86em; } .groups th { text-align: center; border-bottom: 0; color: var(--fg); padding-bottom: 0; }
 td.wrap { white-space: normal; text-align: left; overflow-wrap: anywhere; } ul { padding-left: 1.15rem; } li { margin: .35rem 0; }
-li, p { overflow-wrap: anywhere; } code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
+li, p { overflow-wrap: anywhere; } details { margin: .6rem 0; font-size: .9rem; } summary { cursor: pointer; color: var(--soft); } code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .88em; }
 @media (max-width: 640px) { main { padding: 20px 16px 40px; } h1 { font-size: 1.4rem; } .top { grid-template-columns: 1fr; gap: 14px; }
   .top figure { order: -1; } .top img { max-height: 230px; object-fit: cover; object-position: 50% 12%; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 11px; } .card b { font-size: 1.05rem; }

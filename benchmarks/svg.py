@@ -141,7 +141,7 @@ def line_chart(
             corners = [(corners[0][0] + dx, corners[0][1]) for dx in (-inset, inset)]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         body.append(_tag("polyline", points=points, class_=f"{'limit' if s.limit else 'line'} {s.style}"))
-        body += [] if s.limit else [MARKS.get(s.style, MARKS["s0"])(px(x), py(y)) for x, y in s.points]
+        body += [] if s.limit else [MARKS.get(s.style.split()[0], MARKS["s0"])(px(x), py(y)) for x, y in s.points]
     body += _labels(series, px, py, left, width - right, top, height - bottom) if names else []
     return _frame(width, height, title, body, cls)
 
@@ -187,7 +187,7 @@ def stacked_bars(bars: Sequence[Bar], *, title: str, width: float, cls: str = ""
             x += w
         if bar.limit is not None:
             at = bar.limit * scale
-            body.append(_tag("line", x1=at, x2=at, y1=y - 3.0, y2=y + bar_height + 3.0, class_="limit"))
+            body.append(_tag("line", x1=at, x2=at, y1=y - 1.0, y2=y + bar_height + 3.0, class_="limit"))
             x = max(x, at)
         body.append(_text(x + 8, y + bar_height / 2 + 5, bar.end, "value"))
     return _frame(width, len(bars) * pitch - 6, title, body, cls)

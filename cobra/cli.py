@@ -14,6 +14,7 @@ import time
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import cobra
@@ -31,7 +32,7 @@ examples:
   cobra generate photo.jpg "Hello?" --preset cobra-tiny      nothing to download: random weights, noise for an answer
   cobra chat photo.jpg --model path/to/checkpoint            ask many questions, the photo is read once
   cobra convert cobra+3b out --dino D --siglip S             published weights, once, to a folder for --model
-  cobra bench                                                speed and memory next to a Transformer, with a report
+  cobra bench                                                speed next to the LLaVA family, with a report; resumes
   cobra doctor                                               what works on this machine, to paste into an issue
 
 `cobra COMMAND --help` explains a command.
@@ -162,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--quiet", action="store_true", help="no notes and no progress")
 
     bench = commands.add_parser(
-        "bench", help="measure speed and memory next to a Transformer, write a report", add_help=False, prefix_chars="\0"
+        "bench", help="measure speed next to the LLaVA family, write a report; resumes", add_help=False, prefix_chars="\0"
     )
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     bench.set_defaults(run=_bench)
@@ -335,14 +336,17 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
+    tree = str(Path(cobra.__file__).resolve().parent.parent)
+    if tree not in sys.path:  # a script's path does not hold the tree that it was installed from
+        sys.path.append(tree)
     try:
-        from benchmarks.model import demo
+        from benchmarks.suite import run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "benchmarks":
             raise
-        print("cobra: error: the benchmarks are in the source tree only; run this there, or `make demo`", file=sys.stderr)
+        print("cobra: error: the benchmarks are in the source tree only; run this there", file=sys.stderr)
         return 1
-    return demo.main(args.rest)
+    return run.main(args.rest)
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -236,10 +236,10 @@ def test_answers_cannot_drive_the_terminal(monkeypatch):
 
 
 def test_bench_passes_its_arguments_on(monkeypatch):
-    from benchmarks.model import demo
+    from benchmarks.suite import run
 
     seen = []
-    monkeypatch.setattr(demo, "main", lambda argv: seen.append(argv) or 7)
+    monkeypatch.setattr(run, "main", lambda argv: seen.append(argv) or 7)
     assert cli.main(["bench", "--quick", "--out", "x"]) == 7 and cli.main(["bench"]) == 7
     assert cli.main(["bench", "--help"]) == 7
     assert seen == [["--quick", "--out", "x"], [], ["--help"]]
@@ -247,9 +247,9 @@ def test_bench_passes_its_arguments_on(monkeypatch):
 
 def test_bench_outside_the_source_tree(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "benchmarks", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.model", raising=False)
+    monkeypatch.delitem(sys.modules, "benchmarks.suite", raising=False)
     assert cli.main(["bench"]) == 1
-    assert capsys.readouterr().err == "cobra: error: the benchmarks are in the source tree only; run this there, or `make demo`\n"
+    assert capsys.readouterr().err == "cobra: error: the benchmarks are in the source tree only; run this there\n"
 
 
 def test_doctor(capsys):
