@@ -5,6 +5,7 @@ The pattern of every bench_<op>.py: cost(shape) · input maker · providers · c
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -76,12 +77,37 @@ def torch_compiled():
     return call
 
 
+def transformers_norm(x, weight, residual, dy=None, ds=None):
+    """The add and the module of transformers' Mamba block; its sum is rounded to the weight's dtype before the norm."""
+    from transformers.models.mamba.modeling_mamba import MambaRMSNorm
+
+    s = x + residual
+    norm = MambaRMSNorm(1, eps=EPS)
+    y = torch.func.functional_call(norm, {"weight": weight}, (s.to(weight.dtype),))
+    return (y, s) if dy is None else torch.autograd.grad((y, s), (x, weight, residual), (dy, ds))
+
+
+def mambapy_norm(x, weight, residual, dy=None, ds=None):
+    from mambapy.mamba import RMSNorm
+
+    s = x + residual
+    y = torch.func.functional_call(RMSNorm(1, EPS), {"weight": weight}, (s,)).to(x.dtype)
+    return (y, s) if dy is None else torch.autograd.grad((y, s), (x, weight, residual), (dy, ds))
+
+
+def libraries() -> list[Provider]:
+    """Other people's norms that are installed. Importing transformers takes seconds."""
+    found = [("transformers", transformers_norm), ("mambapy", mambapy_norm)]
+    return [Provider(package, call, slow_start=True) for package, call in found if importlib.util.find_spec(package)]
+
+
 def providers(device: str = "cpu") -> list[Provider]:
     return [
         *backend_providers("rms_norm", ours, device=device),
         *(peers.rms_norm(EPS) if device != "cpu" else []),
         Provider("torch", torch_eager),
         Provider("torch.compile", torch_compiled(), slow_start=True),
+        *(libraries() if device == "cpu" else []),
     ]
 
 

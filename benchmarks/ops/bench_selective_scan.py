@@ -7,6 +7,7 @@ Everything a Mamba block uses is on: D, z, delta_bias, softplus."""
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,6 +28,7 @@ SHAPES = {
 GPU_SHAPES = {f"cobra-3b-{name}": (1, LM["cobra-3b"].d_inner, GPU_LENGTHS[name], LM["cobra-3b"].dstate) for name in ("image", "2k", "32k")}
 GPU_SHAPES["cobra-3b-2k-batch-8"] = (8, *GPU_SHAPES["cobra-3b-2k"][1:])
 LAYOUTS = ("channel-last", "channel-first")
+COMPILED_STEPS = 8  # of one call of torch.compile's function: it unrolls them, and takes minutes for hundreds
 
 
 def cost(batch: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype, mode: str = "fwd") -> Cost:
@@ -103,13 +105,43 @@ def mambapy_scan(u, delta, A, B, C, D, z, delta_bias):
     return (y * F.silu(z.float())).to(u.dtype), states[:, -1]
 
 
-def cpu_peers() -> list[Provider]:
-    found = [Provider("materialised loop (transformers)", materialised_loop)]
-    try:
-        import mambapy.pscan  # noqa: F401
-    except ImportError:
-        return found
-    return [*found, Provider("mambapy", mambapy_scan)]
+def steps(state, dt, dtu, A, B, C):
+    """Some steps in a row, (steps, batch, ...) each; returns the state after them and their outputs. Nothing larger than a state is made."""
+    ys = []
+    for t in range(dt.shape[0]):
+        state = torch.exp(dt[t, ..., None] * A) * state + dtu[t, ..., None] * B[t, :, None]
+        ys.append((state * C[t, :, None]).sum(-1))
+    return state, torch.stack(ys)
+
+
+def by_steps(function, chunk: int | None = None):
+    """A scan that calls `function` for `chunk` steps at a time (default: for all of them)."""
+
+    def call(u, delta, A, B, C, D, z, delta_bias):
+        x, dt = u.float(), F.softplus(delta.float() + delta_bias[:, None])
+        parts = [m.movedim(-1, 0).contiguous().split(chunk or u.shape[-1]) for m in (dt, dt * x, B.float(), C.float())]
+        state, ys = torch.zeros(*u.shape[:2], A.shape[1], device=u.device), []
+        for part in zip(*parts):
+            state, y = function(state, *part[:2], A, *part[2:])
+            ys.append(y)
+        y = torch.cat(ys).movedim(0, -1) + x * D[:, None]
+        return (y * F.silu(z.float())).to(u.dtype), state
+
+    return call
+
+
+def cpu_peers(shape: str, train: bool) -> list[Provider]:
+    """The loops take seconds a call: gradients by transformers' at one shape, plain torch forward at the lengths of an image."""
+    found = [Provider("mambapy", mambapy_scan)] if importlib.util.find_spec("mambapy") else []
+    if not train or shape == "130m-train":
+        found.insert(0, Provider("materialised loop (transformers)", materialised_loop))
+    if not train and shape.endswith("image"):
+        found += [
+            *backend_providers("selective_scan", ours, ("reference",)),
+            Provider("torch", by_steps(steps)),
+            Provider("torch.compile", by_steps(torch.compile(steps, dynamic=False), COMPILED_STEPS), slow_start=True),
+        ]
+    return found
 
 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
@@ -125,9 +157,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
                     compared = layout == LAYOUTS[0] and name == "fp32"
                     providers = backend_providers("selective_scan", trained(ours) if train else ours, ("cpu", "triton", "cuda"), args.device)
-                    others = cpu_peers() if compared and not gpu else peers.selective_scan(inputs) if gpu and not train else []
-                    if train and shape != "130m-train":
-                        others = others[1:]  # the loop's gradient takes ten seconds a call
+                    others = cpu_peers(shape, train) if compared and not gpu else peers.selective_scan(inputs) if gpu and not train else []
                     if train:
                         others = [Provider(other.name, trained(other.call)) for other in others]
                     smallest = "130m-train" if train else "130m-image"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.harness.bench import AGREEMENT, disagreement
+from benchmarks.harness.bench import AGREEMENT, disagreement, parser
 from benchmarks.model import gguf_peer
 from benchmarks.shapes import LMShape
 
@@ -47,3 +47,50 @@ def test_without_llama_cpp_the_bench_says_so_once(monkeypatch, capsys):
     for _ in range(2):
         assert gguf_peer.providers(gguf_peer.prefill, None, LMShape(64, 2), 64) == []
     assert capsys.readouterr().out.count("left out: llama.cpp: ModuleNotFoundError") == 1
+
+
+def agree(providers, inputs, dtype: str = "fp32") -> list[str]:
+    """Compares every provider with the first, as the harness does before it times them."""
+    want = providers[0].call(*inputs)
+    for provider in providers[1:]:
+        error = disagreement(provider.call(*inputs), want)
+        assert error <= AGREEMENT[dtype], f"{provider.name} differs from {providers[0].name} by {error:.1e}"
+    return [p.name for p in providers]
+
+
+SCAN_NAMES = ["cpu", "materialised loop (transformers)", "mambapy", "reference", "torch", "torch.compile"]
+
+
+@pytest.mark.parametrize("shape, train", [("130m-image", False), ("130m-train", True), ("130m-image", True)])
+def test_scans(shape, train, monkeypatch):
+    from benchmarks.ops import bench_selective_scan as bench
+
+    monkeypatch.setattr(bench.torch, "compile", lambda function, **kwargs: function)  # its chunks, without the compiler
+    monkeypatch.setattr(bench, "SHAPES", {shape: (2, 24, 13, 5)})
+    mode = "fwd+bwd" if train else "fwd"
+    case = next(c for c in bench.cases(parser("selective_scan").parse_args([])) if c.mode == f"{mode} channel-last" and c.dtype == "fp32")
+    names = agree(case.providers, case.make_inputs(0))
+    assert names == [n for n in SCAN_NAMES if not train or n == "mambapy" or n == "cpu" or n == SCAN_NAMES[1] and shape == "130m-train"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_norms(dtype, monkeypatch):
+    from benchmarks.ops import bench_rms_norm as bench
+
+    monkeypatch.setattr(bench.torch, "compile", lambda function, **kwargs: function)
+    monkeypatch.setattr(bench, "SHAPES", {"s": (7, 48)})
+    cases = [c for c in bench.cases(parser("rms_norm").parse_args([])) if c.dtype == dtype]
+    assert len(cases) == 2
+    for case in cases:
+        assert agree(case.providers, case.make_inputs(0), dtype)[-2:] == ["transformers", "mambapy"]
+
+
+def test_blocks(monkeypatch):
+    from benchmarks.ops import bench_mamba_inner as bench
+
+    monkeypatch.setattr(bench, "SHAPES", {"130m-train": bench.Shape(2, 11, LMShape(32, 1, dstate=5))})
+    forward, train = bench.cases(parser("mamba_inner").parse_args([]))
+    assert agree(forward.providers, forward.make_inputs(0)) == ["cpu", "transformers", "mambapy"]
+    assert agree(train.providers, train.make_inputs(0)) == ["cpu", "mambapy"]
+    one = bench.cost(bench.Shape(1, 11, LMShape(32, 1)), torch.float32, "fwd")
+    assert one.flops == 2 * 11 * (64 * (2 + 2 * 16) + 2 * 64 + 64 * 32) and one.exps == 11 * 64 * 21
