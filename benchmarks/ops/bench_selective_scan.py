@@ -131,11 +131,13 @@ def by_steps(function, chunk: int | None = None):
 
 
 def cpu_peers(shape: str, train: bool) -> list[Provider]:
-    """The loops take seconds a call: gradients by transformers' at one shape, plain torch forward at the lengths of an image."""
-    found = [Provider("mambapy", mambapy_scan)] if importlib.util.find_spec("mambapy") else []
-    if not train or shape == "130m-train":
-        found.insert(0, Provider("materialised loop (transformers)", materialised_loop))
-    if not train and shape.endswith("image"):
+    """They take seconds a call: gradients at one shape, plain torch at another."""
+    if train and shape != "130m-train":
+        return []
+    found = [Provider("materialised loop (transformers)", materialised_loop)]
+    if importlib.util.find_spec("mambapy"):
+        found.append(Provider("mambapy", mambapy_scan))
+    if not train and shape == "130m-image":
         found += [
             *backend_providers("selective_scan", ours, ("reference",)),
             Provider("torch", by_steps(steps)),
