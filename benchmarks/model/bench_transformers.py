@@ -5,9 +5,8 @@ prefill  reads 512 tokens, returns the last token's logits and a cache. Yardstic
 decode   one more token with that cache. Yardstick: reading every weight once.
 train    loss, forward and backward of 128 tokens: without kernels the time grows with their square, and 512 take minutes.
 
-install()                     what compat.install() before the import of transformers does: functions and mixers
-apply_to_transformers(model)  the head on the faster product library too
-transformers                  its own torch path, as it runs without CUDA kernels"""
+install()     as compat.install() before the import of transformers leaves it; here apply_to_transformers() after it, and undo()
+transformers  its own torch path, as it runs without CUDA kernels"""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ def serve(name: str) -> None:
     if _served[0] != name:
         compat.undo()
         if name != "transformers":
-            compat.apply_to_transformers(served if name == "apply_to_transformers(model)" else None)
+            compat.apply_to_transformers(served)
         _served[0] = name
 
 
@@ -116,7 +115,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         def ids(index: int, tokens=tokens) -> tuple:
             return (torch.randint(SHAPE.vocab, (1, tokens), generator=torch.Generator().manual_seed(index)),)
 
-        providers = [provider(name, make_call()) for name in ("install()", "apply_to_transformers(model)", "transformers")]
+        providers = [provider(name, make_call()) for name in ("install()", "transformers")]
         yield Case(mode, "fp32", "130m", {"batch": 1, "tokens": tokens}, cost, roof, ids, providers, cache="warm", quick=mode == "decode")
 
 

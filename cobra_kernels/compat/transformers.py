@@ -1,7 +1,7 @@
 """Hugging Face transformers 5 on our kernels after it was imported: apply_to_transformers(). Before the import, install() is enough.
 
 Modeling files decide at import which functions they call, and keep them as globals. This replaces those globals, and the forward of
-Mamba-1 mixers, in every modeling file that is loaded or in those of one model; undo() puts them back.
+Mamba-1 mixers and models, in every modeling file that is loaded or in those of one model; undo() puts them back.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ PREFIX = "transformers.models."
 _initial_states: ContextVar[tuple[torch.Tensor, ...]] = ContextVar("initial_states", default=())
 _lock = threading.RLock()
 _replaced: list[tuple[object, str, object]] = []  # (module or class, name, what was there)
-_routed: weakref.WeakSet[nn.Linear] = weakref.WeakSet()  # layers of models, which may be gone by the time of undo()
+# Models that are gone by the time of undo() need none.
+_routed_models: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_routed: weakref.WeakSet[nn.Linear] = weakref.WeakSet()
 
 
 def causal_conv1d_fn(
@@ -42,8 +44,10 @@ def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cach
 
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """See `cobra_kernels.selective_scan`; from the state that continue_from_cache found, if any."""
-    initial_state, *later = _initial_states.get() or (None,)
-    _initial_states.set(tuple(later))
+    initial_state = None
+    if not torch.compiler.is_compiling():  # a compiled mixer that continues is not compiled
+        initial_state, *later = _initial_states.get() or (None,)
+        _initial_states.set(tuple(later))
     return cobra_kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state, initial_state=initial_state)
 
 
@@ -91,17 +95,16 @@ MIXERS = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 def apply_to_transformers(model: nn.Module | None = None, *, continue_from_cache: bool = False) -> list[str]:
     """Makes modeling files of transformers that are loaded, or those that `model` is made of, call our kernels.
 
-    model: other models of its families are served too. Its own nn.Linear layers outside the mixers, such as the head, become
-        `cobra_kernels.linear.RoutedLinear`, the same layer on the faster of torch's product libraries.
+    model: other models of its families are served too.
     continue_from_cache: a forward of several tokens with a cache continues the recurrence of Mamba-1 layers; transformers itself starts
         it again from zero, so that a prompt read in pieces is forgotten.
     A mixer that is more than plain layers (adapters, hooks, quantized weights) keeps its own forward, and gets the single functions.
+    The nn.Linear layers of a Mamba-1 language model, such as its head, become `cobra_kernels.linear.RoutedLinear` at its first forward:
+    the same layer, on the faster of torch's product libraries.
     Returns what was replaced, as "module.name". Calling it again replaces nothing twice.
     """
     with _lock:
         done = [name for module in _modeling_files(model) for name in _apply(module)]
-        if model is not None:
-            done += _route(model)
         if continue_from_cache:
             done += [name for module in _modeling_files(model) for name in _continue(module) if name not in done]
         return done
@@ -116,6 +119,7 @@ def undo() -> None:
         for layer in _routed:
             layer.__class__ = nn.Linear
         _routed.clear()
+        _routed_models.clear()
 
 
 class _OnImport:
@@ -170,6 +174,7 @@ def _apply(module) -> list[str]:
     for mixer in _mixers(module):
         if mixer.__name__ in MIXERS and not hasattr(mixer.forward, "_cobra_kernels"):
             done.append(_replace(mixer, "forward", _without_detours(mixer.forward)))
+            done += [_replace(kind, "forward", _routing(kind.forward)) for kind in _classes(module, "ForCausalLM")]
     return done
 
 
@@ -177,25 +182,13 @@ def _continue(module) -> list[str]:
     return [_replace(mixer, "forward", _continuing(mixer.forward)) for mixer in _mixers(module) if not hasattr(mixer.forward, "_continues")]
 
 
-def _route(model) -> list[str]:
-    """Turns the linear layers that a model's own modules call into RoutedLinear; a Mamba-1 mixer chooses the library itself."""
-    done = []
-    for owner in model.modules():
-        kind = type(owner)
-        if kind.__module__.startswith(PREFIX) and kind.__name__ not in MIXERS:
-            for name, layer in owner.named_children():
-                if type(layer) is nn.Linear:
-                    layer.__class__ = RoutedLinear
-                    _routed.add(layer)
-                    done.append(f"{kind.__module__}.{kind.__name__}.{name}")
-    return done
-
-
 def _mixers(module) -> list[type]:
     """The classes of a modeling file that call mamba_selective_scan."""
-    if not hasattr(module, "mamba_selective_scan"):
-        return []
-    return [kind for name, kind in vars(module).items() if inspect.isclass(kind) and name.endswith("Mixer")]
+    return _classes(module, "Mixer") if hasattr(module, "mamba_selective_scan") else []
+
+
+def _classes(module, ending: str) -> list[type]:
+    return [kind for name, kind in vars(module).items() if inspect.isclass(kind) and name.endswith(ending)]
 
 
 def _replace(owner, name: str, replacement) -> str:
@@ -289,6 +282,25 @@ def _without_detours(original):
     return forward
 
 
+def _routing(forward):
+    """A language model's forward that first turns its linear layers into RoutedLinear; the mixers choose their library themselves."""
+
+    @functools.wraps(forward)
+    def routing(self, *args, **kwargs):
+        if not torch.compiler.is_compiling() and self not in _routed_models:
+            _routed_models.add(self)
+            for part in self.modules():
+                if type(part).__name__ not in MIXERS:
+                    for layer in part.children():
+                        if type(layer) is nn.Linear:
+                            layer.__class__ = RoutedLinear
+                            _routed.add(layer)
+        return forward(self, *args, **kwargs)
+
+    routing._cobra_kernels = True
+    return routing
+
+
 def _wants_inner(mixer, cache_params, attention_mask, normed: bool) -> bool:
     """Whether mamba_inner is all that is left to do: it keeps no cache, masks nothing behind the convolution, norms nothing before dt_proj,
     and calls no layer."""
@@ -301,19 +313,24 @@ def _wants_inner(mixer, cache_params, attention_mask, normed: bool) -> bool:
 
 def _continuing(forward):
     """A mixer's forward that starts its scan from the cached state when it is given more than one token."""
+    scan_from = torch.compiler.disable(_scan_from)  # a context variable is nothing that torch.compile could follow
 
     @functools.wraps(forward)
     def continuing(self, hidden_states, cache_params=None, *args, **kwargs):
-        states: tuple[torch.Tensor, ...] = ()
         if cache_params is not None and hidden_states.shape[1] > 1:
             state = cache_params.get_recurrent_state(self.layer_idx, state_idx=0)
             if state is not None:  # a layer of several heads, (batch, heads, dim, dstate), scans one after the other
                 states = state.clone().unbind(1) if state.dim() == 4 else (state.clone(),)
-        token = _initial_states.set(states)
-        try:
-            return forward(self, hidden_states, cache_params, *args, **kwargs)
-        finally:
-            _initial_states.reset(token)
+                return scan_from(states, forward, self, hidden_states, cache_params, *args, **kwargs)
+        return forward(self, hidden_states, cache_params, *args, **kwargs)
 
     continuing._continues = True
     return continuing
+
+
+def _scan_from(states, forward, *args, **kwargs):
+    token = _initial_states.set(states)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _initial_states.reset(token)

@@ -198,7 +198,9 @@ def test_undo_and_again():
     before = {name: getattr(module, name) for name in compat.transformers.FUNCTIONS if hasattr(module, name)}
     forward = module.MambaMixer.forward
     first = compat.apply_to_transformers(model, continue_from_cache=True)
-    assert sorted(name.removeprefix(f"{module.__name__}.") for name in first) == sorted([*before, "MambaMixer.forward", "MambaForCausalLM.lm_head"])
+    replaced = {name.removeprefix(f"{module.__name__}.") for name in first}
+    assert replaced == {*before, "MambaMixer.forward", "MambaForCausalLM.forward"} and len(first) == len(replaced)
+    model(tokens())
     assert type(model.lm_head) is RoutedLinear
     assert compat.apply_to_transformers(model, continue_from_cache=True) == []
     compat.undo()
@@ -239,9 +241,24 @@ def test_what_is_not_plain(family, change):
     same_gradients(gradients(model, **ids), grads)
 
 
+def test_compiled():
+    """One graph without a cache; with one, pieces of a prompt continue each other."""
+    model, ids, argument = make("Mamba", num_hidden_layers=1), tokens(), "cache_params"  # one family, one layer: compiling takes its time
+    torch.compiler.reset()
+    compat.apply_to_transformers(model, continue_from_cache=True)
+    with torch.no_grad():
+        want = model(ids).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert relative_error(compiled(ids, use_cache=False).logits, want) <= 1e-5
+        compiled = torch.compile(model, backend="eager")
+        cache = getattr(model(ids[:, :6], use_cache=True), argument)
+        assert relative_error(compiled(ids[:, 6:], use_cache=True, **{argument: cache}).logits, want[:, 6:]) <= 1e-5
+
+
 def test_a_model_that_is_gone_is_forgotten():
     model = make("Mamba")
     compat.apply_to_transformers(model)
+    model(tokens())
     head = weakref.ref(model.lm_head)
     del model
     gc.collect()
