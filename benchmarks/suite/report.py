@@ -24,7 +24,7 @@ BINARY = ("context", "memory")  # parameters that are counted in powers of two
 
 @dataclass
 class Plot:
-    """One picture: lines over the parameter `x`, or bars of seconds when there is none."""
+    """One picture: lines over the parameter `x`, or bars when there is none."""
 
     name: str
     title: str
@@ -83,7 +83,7 @@ def plots_of(run: dict, scenario: str) -> list[Plot]:
             if not any(r["record"] for r in mine):
                 continue
             where = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in zip(rest, fixed))
-            rate = mine[0]["unit"] == "tokens" and x is not None
+            rate = mine[0]["unit"] == "tokens"  # several a call, and not as many for every model
             name = "-".join(filter(None, (scenario, mode, where))).replace(" ", "-").replace(",", "")
             title = f"{scenario}: {mode}" + (f", {where}" if where else "")
             found.append(Plot(name, title, x, f"{mine[0]['unit']} per second" if rate else "seconds", rate, models_of(run), mine))
@@ -123,9 +123,10 @@ def _bar_figure(plot: Plot) -> str:
     bars = []
     for r in (r for r in plot.rows if r["record"]):
         style = f"s{plot.models.index(r['model']) % len(COLOURS)}" + ("" if r["setting"] == "best" else " b")
-        end = f"{seconds_text(r['record']['median'])}, {r['fraction']:.0%} of limit"
-        bars.append(Bar(r["entry"], [("", r["record"]["median"], style)], end, r["limit_seconds"]))
-    return legend([("limit of the shape on this machine", "dashed")]) + responsive(
+        reached = rate_text(r["rate"], r["unit"]) if plot.rate else seconds_text(r["record"]["median"])
+        bars.append(Bar(r["entry"], [("", plot.y(r), style)], f"{reached}, {r['fraction']:.0%} of limit", plot.limit(r)))
+    better = "longer bars are better" if plot.rate else "shorter bars are better"
+    return legend([(f"limit of the shape on this machine; {better}", "dashed")]) + responsive(
         lambda w, c: stacked_bars(bars, title=plot.title, width=w, cls=c, bar_height=20)
     )
 
@@ -207,17 +208,12 @@ def _draw_lines(plot: Plot, axes) -> None:
 def _draw_bars(plot: Plot, axes) -> None:
     rows = [r for r in plot.rows if r["record"]][::-1]
     for i, r in enumerate(rows):
-        axes.barh(
-            i,
-            r["record"]["median"],
-            height=0.6,
-            color=COLOURS[plot.models.index(r["model"]) % len(COLOURS)],
-            alpha=1 if r["setting"] == "best" else 0.6,
-        )
-        if r["limit_seconds"]:
-            axes.vlines(r["limit_seconds"], i - 0.42, i + 0.42, color="#1c1e21", ls="--", lw=1.4)
+        colour, best = COLOURS[plot.models.index(r["model"]) % len(COLOURS)], r["setting"] == "best"
+        axes.barh(i, plot.y(r), height=0.6, color=colour, alpha=1 if best else 0.6)
+        if plot.limit(r):
+            axes.vlines(plot.limit(r), i - 0.42, i + 0.42, color="#1c1e21", ls="--", lw=1.4)
     axes.set_yticks(range(len(rows)), [r["entry"] for r in rows])
-    axes.set_xlabel("seconds")
+    axes.set_xlabel(plot.y_label)
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------------------
@@ -245,7 +241,14 @@ def ratio_text(ratio: float, low: float | None, high: float | None) -> str:
     return f"{figures(ratio)}x" + (f" ({figures(low)}–{figures(high)})" if low is not None else "")
 
 
-HEADS = ("model", "case", "median", "rate", "of limit", "limit", "bound by", "time / first", "bytes", "FLOPs", "joules")
+def numbers_text(numbers: dict) -> str:
+    """weights 512 MB, state 3.1 MB, sequences 1300"""
+    return ", ".join(
+        f"{k.removesuffix('_bytes').replace('_', ' ')} {bytes_text(v) if k.endswith('_bytes') else f'{v:g}'}" for k, v in numbers.items()
+    )
+
+
+HEADS = ("model", "case", "median", "rate", "of limit", "limit", "bound by", "time / first", "bytes", "FLOPs", "joules", "from the shape")
 
 
 def case_table(cases: Sequence[dict]) -> str:
@@ -264,6 +267,7 @@ def case_table(cases: Sequence[dict]) -> str:
                     ("-", None) if ratio is None else (ratio_text(ratio["ratio"], ratio["low"], ratio["high"]), ratio["ratio"]),
                     (bytes_text(r["bytes"]), r["bytes"]), (f"{r['flops']:.3g}", r["flops"]),
                     ("-" if r["joules"] is None else figures(r["joules"]), r["joules"]),
+                    numbers_text(r["numbers"]),
                 ]
             )  # fmt: skip
     return table(HEADS, rows, sortable=True)

@@ -30,7 +30,7 @@ from types import ModuleType
 import torch
 
 from benchmarks.harness import records as store
-from benchmarks.harness.environment import ROOT, stamp
+from benchmarks.harness.environment import ROOT, slug, stamp
 from benchmarks.harness.records import Record
 from benchmarks.harness.table import print_table, seconds_text
 from benchmarks.scenarios.case import Case, Roofs
@@ -260,13 +260,14 @@ def adopt(run: dict, folder: Path, recorded: Path) -> int:
     mark = folder / "recorded"
     if mark.exists():
         raise RunError(f"--record: {folder.name} was recorded before; the records are append-only")
-    count = 0
+    count, i = 0, run["identity"]
+    device = slug(i["device"], i["cores"] if i["asked_device"] == "cpu" else None)
     for case in run["cases"]:
         environment = {**run["environment"], "date": case["date"], "run": run["run"]}
         rows = [r for r in case["results"] if r["record"]]
         found = [Record(**r["record"], note="; ".join(r["notes"]), environment=environment) for r in rows]
         if found:
-            store.append(found, store.path_for(case["scenario"], run["identity"]["asked_device"], recorded))
+            store.append(found, recorded / device / f"{case['scenario']}.jsonl")
             count += len(found)
     mark.write_text(f"{count}\n")
     return count
@@ -363,7 +364,10 @@ def run_named(name: str, out: Path) -> dict:
 
 def bench(args: argparse.Namespace) -> int:
     settle(args)
-    module = importlib.import_module(args.scenarios)
+    try:
+        module = importlib.import_module(args.scenarios)
+    except ModuleNotFoundError as error:
+        raise RunError(f"--scenarios has {args.scenarios!r}, expected a module that can be imported: {error}") from None
     every, wanted = planned(module, args)
     if args.list:
         for case in sorted(wanted, key=lambda c: c.scenario):

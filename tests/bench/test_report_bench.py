@@ -124,6 +124,16 @@ def test_a_limit_reaches_where_nothing_ran():
     assert [r["parameters"]["context"] for r in users] == [256, 2048] and len(limits) == 3
 
 
+def test_bars_of_tokens_are_rates_and_others_seconds():
+    run = a_run()
+    run["cases"] = [case for case in run["cases"] if case["id"] in ("step/call/batch=1,context=256", "wide/call/batch=1")]
+    [step], [wide] = report.plots_of(run, "step"), report.plots_of(run, "wide")
+    assert step.x is None and step.rate and "250 tokens/s, 25% of limit" in report.svg(step)
+    assert "longer bars are better" in report.svg(step)
+    assert not wide.rate and "10.0 ms, 10% of limit" in report.svg(wide)
+    assert report.numbers_text({"state_bytes": 3_000_000, "sequences": 1300}) == "state 3.00 MB, sequences 1300"
+
+
 def test_page_says_what_did_not_run_and_what_is_doubtful(html):
     text = unescape(re.sub(r"<[^>]*>", "", html))
     assert "4 of 5 cases" not in text and "crash/call/batch=1: crashed (ended by SIGSEGV)" in text
