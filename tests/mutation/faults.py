@@ -65,7 +65,9 @@ def op(room: str) -> Killer:
     return Killer(f"tests/ops/test_{room}.py", "not opcheck and not compile")
 
 
-TENSOR_CORES = Killer("tests/simt/test_selective_scan_mma.py")
+TENSOR_CORES, SPANS = Killer("tests/simt/test_selective_scan_mma.py"), Killer("tests/simt/test_selective_scan_bwd.py", "test_spans")
+RAW_SCAN, RAW_CONV = Killer("tests/compat/test_mamba_ssm.py", "scan or norms"), Killer("tests/compat/test_causal_conv1d.py")
+INSTALL = Killer("tests/compat/test_install.py")
 MAMBA, LM = Killer("tests/modules/test_mamba.py"), Killer("tests/modules/test_lm.py", "not traces")
 LINEAR, SAMPLING, GENERATION = (Killer(f"tests/modules/test_{name}.py") for name in ("linear", "sampling", "generation"))
 SPLICE, VISION, ANSWERS = (Killer(f"tests/model/test_{name}.py") for name in ("splice", "vision", "generate"))
@@ -445,6 +447,50 @@ SELECTIVE_SCAN = [
           interpreted("selective_scan")),
     Fault("selective_scan", "triton: softplus of a large step", "cobra_kernels/triton_math.py",
           "return p * t + tl.where(x < 0.0, 0.0, x)", "return tl.log(1.0 + tl.exp(x))", interpreted("selective_scan")),
+    Fault("selective_scan", "triton: every chunk's state saved in the first slot", SCAN_PY + "triton_kernel.py",
+          "chunk = slot + (t - begin) // CHUNK", "chunk = slot", interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: every chunk replayed from the first one's state", SCAN_PY + "triton_kernel.py",
+          "h = tl.load(saved + (((slot + chunk) * dstate", "h = tl.load(saved + ((slot * dstate", interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: lost gradient of the last state", SCAN_PY + "triton_kernel.py",
+          "        g = _unfold(tl.load(at, mask=tile, other=0.0)", "        g += 0 * _unfold(tl.load(at, mask=tile, other=0.0)",
+          interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: steps past the end reach the bias", SCAN_PY + "triton_kernel.py",
+          "dbias_sum += tl.where(inside, draw, 0.0)", "dbias_sum += draw", interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: gradient of C from the state before the step", SCAN_PY + "triton_kernel.py",
+          "    h = decay * h + B * dtx[None, :]\n    y = dy\n    if HAS_Z:\n        y = tl.sum(h * C, 0)\n    dC = h * dy[None, :]\n",
+          "    dC = h * dy[None, :]\n    h = decay * h + B * dtx[None, :]\n    y = dy\n    if HAS_Z:\n        y = tl.sum(h * C, 0)\n",
+          interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: slope of softplus missing", SCAN_PY + "triton_kernel.py",
+          "draw *= tl.where(raw > 20.0, 1.0, tl.sigmoid(raw))", "draw = draw", interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: the last share of a sum left out", SCAN_PY + "triton_kernel.py",
+          "mask=(start + part < count)[:, None] & there[None, :]", "mask=(start + part < count - 1)[:, None] & there[None, :]",
+          interpreted("selective_scan")),
+    Fault("selective_scan", "triton bwd: gradients of padding not cleared", SCAN_PY + "triton_kernel.py",
+          "behind = channels[:, None] & (step < seqlen - t)[None, :]", "behind = channels[:, None] & (step < -t)[None, :]",
+          interpreted("selective_scan")),
+    Fault("selective_scan", "cuda bwd: lost gradient of the last state", SCAN + "_cuda_bwd.cu",
+          "g[i] = p.dlast_state && has(launch, i) ?", "g[i] = p.dlast_state && has(launch, i) && i < 0 ?", emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: missing barrier before a tile is staged", SCAN + "_cuda_bwd.cu",
+          "    __syncthreads();  // what was staged before has been read\n", "", emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: missing warp barrier between reading and overwriting a step", SCAN + "_cuda_bwd.cu",
+          "        __syncwarp();  // the four lanes have read what is overwritten\n", "", emulated("selective_scan"),
+          note="the shuffles before it keep the lanes together in the emulator's values: the race detector names it (make sanitize)"),
+    Fault("selective_scan", "cuda bwd: steps that do not exist reach dA", SCAN + "_cuda_bwd.cu",
+          "const T e = kWhole || t < count ? g[i]", "const T e = true ? g[i]", emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: sums over warps one warp short", SCAN + "_cuda_bwd.cu",
+          "for (int warp = 1; warp < kWarps; ++warp) sum +=", "for (int warp = 1; warp + 1 < kWarps; ++warp) sum +=", emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: the first launch's sums over states forgotten", SCAN + "_cuda_bwd.cu",
+          "if (launch.first_state > 0) at[1 + i] += others[i * p.dim];", ";", emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: a span of dA left out", SCAN + "_cuda_bwd.cu",
+          "for (int64_t begin = 0; begin < sequence.length; begin += kSpan, from += span_rows(p) * p.dim) sum += *from;",
+          "for (int64_t begin = kSpan; begin < sequence.length; begin += kSpan, from += span_rows(p) * p.dim) sum += *from;",
+          emulated("selective_scan")),
+    Fault("selective_scan", "cuda bwd: gradient that enters a span handed to the one before", SCAN + "_cuda_bwd.cu",
+          "begin / kSpan - 1) * kStates * p.dim + channels.first);", "begin / kSpan) * kStates * p.dim + channels.first);", SPANS),
+    Fault("selective_scan", "binding: strides of dlast_state not passed on", SCAN + "_binding.cpp",
+          "p.dlast_state_dtype, p.dlast_state_stride);", "p.dlast_state_dtype, p.A_stride);", op("selective_scan")),
+    Fault("selective_scan", "op: lost gradient of the initial state", SCAN_PY + "op.py",
+          "return *present[:8], None, present[8], None, None", "return *present[:8], None, None, None, None", op("selective_scan")),
     Fault("selective_scan", "reference: gate before the skip", SCAN_PY + "reference.py",
           "                y = y + D.to(real) * us[t]\n            outs.append(y if z is None else y * F.silu(zs[t]))",
           "                y = y + D.to(real) * us[t] / (1 if z is None else F.silu(zs[t]))\n"
@@ -698,6 +744,8 @@ MODULES = [
     Fault("modules", "mamba: an adapter of a projection passed by in training", MAMBA_PY,
           "all(is_plain(layer, nn.Linear) for layer in layers) and is_plain(self.conv1d, nn.Conv1d)", "is_plain(self.conv1d, nn.Conv1d)",
           MAMBA),
+    Fault("modules", "mamba: bias of the last product on padding", MAMBA_PY,
+          "if cu_seqlens is not None and getattr(self.out_proj, \"bias\", None) is not None:", "if False:", MAMBA),
     Fault("modules", "lm: logits of the token after each row's last", LM_PY,
           "cu_seqlens[1:].long() - 1", "cu_seqlens[1:].long().clamp(max=prompt.shape[1] * batch - 1)", LM),
     Fault("modules", "lm: mask by <= length", LM_PY,
@@ -772,5 +820,31 @@ COBRA = [
           "        seed=options.seed,\n", "", ANSWERS),
 ]  # fmt: skip
 
+# --- compat: the names of other packages -----------------------------------------------------------------------------
+
+COMPAT_PY = "cobra_kernels/compat/"
+COMPAT = [
+    Fault("compat", "raw scan: last state beside the columns where callers look", COMPAT_PY + "raw.py",
+          "x[:, :, -1, 1::2] = last_state", "x[:, :, -1, 0::2] = last_state", RAW_SCAN),
+    Fault("compat", "raw scan: gradients of D and of the bias swapped", COMPAT_PY + "raw.py",
+          "results = [du, ddelta, dA, dB, dC, dD, dbias]", "results = [du, ddelta, dA, dB, dC, dbias, dD]", RAW_SCAN),
+    Fault("compat", "raw scan: the caller's buffer of dz not written", COMPAT_PY + "raw.py",
+          "results.append(dgate if dz is None else dz.copy_(dgate))", "results.append(dgate)", RAW_SCAN),
+    Fault("compat", "raw conv: final states read as the output", COMPAT_PY + "raw.py",
+          "return out if final_states_out is None else out[0]", "return out if final_states_out is None else out[1]", RAW_CONV),
+    Fault("compat", "raw conv: gradients written one buffer too far", COMPAT_PY + "raw.py",
+          "for buffer, gradient in zip(written, got):", "for buffer, gradient in zip(written[1:], got):", RAW_CONV),
+    Fault("compat", "raw conv: states of packed sequences one step late", COMPAT_PY + "raw.py",
+          "torch.arange(state_len, 0, -1, device=x.device)", "torch.arange(state_len - 1, -1, -1, device=x.device)", RAW_CONV),
+    Fault("compat", "norms: second weight without its bias", COMPAT_PY + "norms.py",
+          "cobra_kernels.rms_norm(s, weight1, bias1, residual,", "cobra_kernels.rms_norm(s, weight1, None, residual,", RAW_SCAN),
+    Fault("compat", "install: what was imported before is not put back", COMPAT_PY + "install.py",
+          "            sys.modules.update(modules)\n", "", INSTALL),
+    Fault("compat", "install: an installed package replaced unasked", COMPAT_PY + "install.py",
+          "if found is not None and not force:", "if False:", INSTALL),
+    Fault("compat", "install: subprocesses are not told", COMPAT_PY + "install.py",
+          "        _set_python_path([*_python_path(), folder])\n", "", INSTALL),
+]  # fmt: skip
+
 FAULTS = [*RMS_NORM, *CAUSAL_CONV1D, *CAUSAL_CONV1D_UPDATE, *SELECTIVE_SCAN, *SELECTIVE_STATE_UPDATE, *PROJECTORS, *MAMBA_INNER]
-FAULTS += [*SELECTION, *MODULES, *COBRA]
+FAULTS += [*SELECTION, *MODULES, *COMPAT, *COBRA]
