@@ -146,6 +146,10 @@ def _output(sequences: Tensor, scores: tuple[Tensor, ...] | None, greedy: bool):
 class GenerationMixin:
     """Gives a language model `generate`."""
 
+    def allocate_inference_cache(self, batch_size, max_seqlen, dtype=None, **kwargs):
+        """{layer index: states} of the model, which has to say."""
+        raise NotImplementedError(f"{type(self).__name__} has no allocate_inference_cache, which cg=True needs")
+
     def generate(
         self,
         input_ids: Tensor,

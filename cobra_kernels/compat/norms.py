@@ -55,6 +55,10 @@ class RMSNorm(mamba.RMSNorm):
         super().__init__(hidden_size, eps, device, dtype)
         self.drop = torch.nn.Dropout(dropout_p) if dropout_p > 0 else None
 
+    def reset_parameters(self):
+        """The weight as constructed: ones."""
+        torch.nn.init.ones_(self.weight)
+
     def forward(self, x, residual=None, prenorm=False, residual_in_fp32=False):
         """x, residual (..., hidden_size) -> y like x; with prenorm (y, x + residual)."""
         if self.drop is not None:

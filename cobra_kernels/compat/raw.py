@@ -106,7 +106,19 @@ def causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, initial_states, d
 
 def causal_conv1d_update_function(x, conv_state, weight, bias, silu_activation, cache_seqlens=None, conv_state_indices=None):
     """out; conv_state is written."""
-    return cobra_kernels.causal_conv1d_update(x, conv_state, weight, bias, _activation(silu_activation), cache_seqlens, conv_state_indices)
+    return conv1d_update(x, conv_state, weight, bias, _activation(silu_activation), cache_seqlens, conv_state_indices)
+
+
+def conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices):
+    """`cobra_kernels.causal_conv1d_update`, for more steps than a circular conv_state holds too: in pieces that it does."""
+    state_len = conv_state.shape[-1]
+    if cache_seqlens is None or x.dim() < 3 or x.shape[2] <= state_len:
+        return cobra_kernels.causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    pieces = [
+        cobra_kernels.causal_conv1d_update(piece, conv_state, weight, bias, activation, cache_seqlens + begin, conv_state_indices)
+        for begin, piece in zip(range(0, x.shape[2], state_len), x.split(state_len, dim=2))
+    ]
+    return torch.cat(pieces, dim=2)
 
 
 def _refuse(name: str, count: int, forms: dict[int, str]):

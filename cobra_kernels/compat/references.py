@@ -73,21 +73,36 @@ def selective_state_update_ref(state, x, dt, A, B, C, D=None, z=None, dt_bias=No
     return out if heads else out.squeeze(1)
 
 
-def causal_conv1d_ref(x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None):
-    """x (batch, dim, seqlen), weight (dim, width): each output is the sum over the last `width` inputs."""
+def causal_conv1d_ref(
+    x, weight, bias=None, initial_states=None, return_final_states=False, final_states_out=None, activation=None, seq_idx=None
+):
+    """x (batch, dim, seqlen), weight (dim, width): each output is the sum over the last `width` inputs.
+
+    seq_idx (batch, seqlen): inputs of another number than the output's count 0, and an output of a negative number is 0. Initial states
+    are of the first number.
+    """
     if activation not in (None, "silu", "swish"):
         raise NotImplementedError("activation must be None, silu, or swish")
     dim, width = weight.shape
     dtype, x = x.dtype, x.to(weight.dtype)
     history = F.pad(x, (width - 1, 0)) if initial_states is None else torch.cat([initial_states.to(x.dtype), x], dim=-1)
-    out = F.conv1d(history, weight.unsqueeze(1), bias, groups=dim)
-    out = (out if activation is None else F.silu(out)).to(dtype)
+    if seq_idx is None:
+        out = F.conv1d(history, weight.unsqueeze(1), bias, groups=dim)
+    else:
+        taps = history.unfold(2, width, 1)  # (batch, dim, seqlen, width)
+        numbers = torch.cat([seq_idx[:, :1].expand(-1, width - 1), seq_idx], dim=1).unfold(1, width, 1)
+        same = (numbers == seq_idx[:, :, None])[:, None]
+        out = (taps.masked_fill(~same, 0.0) * weight[:, None]).sum(-1)
+        out = out if bias is None else out + bias[:, None]
+    out = out if activation is None else F.silu(out)
+    if seq_idx is not None:
+        out = out.masked_fill((seq_idx < 0)[:, None], 0.0)
     if not return_final_states:
-        return out
+        return out.to(dtype)
     final_states = history[..., history.shape[-1] - (width - 1) :].to(dtype)
     if final_states_out is not None:
         final_states = final_states_out.copy_(final_states)
-    return out, final_states
+    return out.to(dtype), final_states
 
 
 def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None):
@@ -103,8 +118,9 @@ def causal_conv1d_update_ref(x, conv_state, weight, bias=None, activation=None, 
     else:
         columns = (cache_seqlens.long()[:, None] + torch.arange(1 - width, 0, device=x.device)) % state_len  # of the inputs before x
         history = torch.cat([conv_state.gather(2, columns[:, None].expand(-1, dim, -1)), x], dim=-1).to(weight.dtype)
-        columns = (cache_seqlens.long()[:, None] + torch.arange(steps, device=x.device)) % state_len
-        conv_state.scatter_(2, columns[:, None].expand(-1, dim, -1), x.to(conv_state.dtype))
+        kept = min(steps, state_len)
+        columns = (cache_seqlens.long()[:, None] + torch.arange(steps - kept, steps, device=x.device)) % state_len
+        conv_state.scatter_(2, columns[:, None].expand(-1, dim, -1), x[..., steps - kept :].to(conv_state.dtype))
     out = F.conv1d(history, weight.unsqueeze(1), bias, groups=dim)[..., -steps:]
     out = (out if activation is None else F.silu(out)).to(dtype)
     return out.squeeze(-1) if one else out

@@ -66,11 +66,13 @@ def test_gradients_of_every_mix_of_dtypes(dtype, weight_dtype):
 def test_packed_sequences_are_those_run_alone():
     """seq_idx: nothing crosses a boundary, and what is negative is padding, 0 with gradient 0."""
     from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref
 
     x, weight, bias, _ = inputs(batch=1, seqlen=20, channel_last=True)
     x.requires_grad_()
     seq_idx = torch.tensor([[0] * 3 + [1] + [2] * 9 + [-1] * 2 + [3] * 5], dtype=torch.int32)
     out = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
+    assert_close(out, causal_conv1d_ref(x.double(), weight.double(), bias.double(), activation="silu", seq_idx=seq_idx), OUTPUT[x.dtype])
     (grad,) = torch.autograd.grad(out.square().sum(), x)
     for index in range(4):
         at = seq_idx[0] == index

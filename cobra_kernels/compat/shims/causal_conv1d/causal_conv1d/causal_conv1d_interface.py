@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import cobra_kernels
+from cobra_kernels.compat.raw import conv1d_update
 from cobra_kernels.compat.references import causal_conv1d_ref, causal_conv1d_update_ref
 
 __all__ = ["CausalConv1dFn", "causal_conv1d_fn", "causal_conv1d_ref", "causal_conv1d_update", "causal_conv1d_update_ref"]
@@ -17,7 +18,7 @@ def causal_conv1d_fn(
 
 def causal_conv1d_update(x, conv_state, weight, bias=None, activation=None, cache_seqlens=None, conv_state_indices=None):
     """See `cobra_kernels.causal_conv1d_update`; `conv_state` is written in place."""
-    return cobra_kernels.causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    return conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
 
 
 class CausalConv1dFn:

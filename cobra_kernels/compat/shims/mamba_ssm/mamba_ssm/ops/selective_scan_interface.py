@@ -10,6 +10,11 @@ from cobra_kernels.compat.transformers import mamba_inner_fn as frozen_aware
 __all__ = ["MambaInnerFn", "SelectiveScanFn", "mamba_inner_fn", "mamba_inner_ref", "selective_scan_fn", "selective_scan_ref"]  # noqa: F822
 
 
+def rms_norm_forward(x, weight, bias, eps=1e-6, is_rms_norm=True):
+    """See `cobra_kernels.rms_norm`."""
+    return cobra_kernels.rms_norm(x, weight, bias, eps=eps, is_rms_norm=is_rms_norm)
+
+
 def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False):
     """See `cobra_kernels.selective_scan`. Unlike upstream's, last_state has memory of its own and carries gradient."""
     return cobra_kernels.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
