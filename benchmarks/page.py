@@ -43,7 +43,7 @@ svg .s0 { color: var(--s0); } svg .s1 { color: var(--s1); } svg .s2 { color: var
 svg .s4 { color: var(--s4); } svg .s5 { color: var(--s5); }
 svg .name[class*=" s"], svg .mark, svg .bar, svg .band { fill: currentColor; } svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .line { fill: none; stroke: currentColor; stroke-width: 2.5; } svg .band { opacity: .18; }
-svg .line.soft { stroke-width: 1.4; opacity: .65; } svg .limit { fill: none; stroke: currentColor; stroke-width: 2; stroke-dasharray: 6 4; } svg .bar ~ .limit { color: var(--fg); }
+svg .line.soft { stroke-width: 1.4; opacity: .65; } svg .mark.soft { fill: var(--bg); stroke: currentColor; stroke-width: 1.6; } svg .limit { fill: none; stroke: currentColor; stroke-width: 2; stroke-dasharray: 6 4; } svg .bar ~ .limit { color: var(--fg); }
 svg .bar.b { opacity: var(--a2); } svg .bar.c { opacity: var(--a3); } svg .inbar { font-size: 12px; fill: var(--ink); font-weight: 600; }
 .warn { border-left: 3px solid var(--s1); padding: 6px 12px; background: var(--card); margin-top: 16px; }
 .scroll { overflow-x: auto; margin: 10px 0; } table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
@@ -128,8 +128,9 @@ def responsive(draw: Callable[[float, str], str]) -> str:
 
 
 def legend(entries: Sequence[tuple[str, str]]) -> str:
-    """(label, class): a series' class s0 .. s5, or "dashed"."""
-    return '<div class="legend">' + "".join(f'<span><i class="{cls}"></i>{escape(label)}</span>' for label, cls in entries) + "</div>"
+    """(label, class): a series' class s0 .. s5, "dashed", or "" for words alone."""
+    keys = [(f'<i class="{cls}"></i>' if cls else "") + escape(label) for label, cls in entries]
+    return '<div class="legend">' + "".join(f"<span>{key}</span>" for key in keys) + "</div>"
 
 
 def environment_table(environment: dict) -> str:

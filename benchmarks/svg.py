@@ -141,7 +141,9 @@ def line_chart(
             corners = [(corners[0][0] + dx, corners[0][1]) for dx in (-inset, inset)]
         points = " ".join(f"{x:.1f},{y:.1f}" for x, y in corners)
         body.append(_tag("polyline", points=points, class_=f"{'limit' if s.limit else 'line'} {s.style}"))
-        body += [] if s.limit else [MARKS.get(s.style.split()[0], MARKS["s0"])(px(x), py(y)) for x, y in s.points]
+        first, _, rest = s.style.partition(" ")  # "s1 soft": further classes go to the marks too
+        mark = MARKS.get(first, MARKS["s0"])
+        body += [] if s.limit else [mark(px(x), py(y)).replace('"mark', f'"mark {rest}' if rest else '"mark') for x, y in s.points]
     body += _labels(series, px, py, left, width - right, top, height - bottom) if names else []
     return _frame(width, height, title, body, cls)
 

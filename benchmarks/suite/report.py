@@ -98,16 +98,19 @@ def svg(plot: Plot) -> str:
 
 
 def _line_figure(plot: Plot) -> str:
-    series, entries = [], []
+    series, entries, others = [], [], []
     for colour, entry, rows, limits in plot.lines():
         style = f"s{colour % len(COLOURS)}"
         if limits:
             series.append(Series(f"limit of {entry}", [(r["parameters"][plot.x], plot.limit(r)) for r in limits], (), style, limit=True))
         if rows:
-            soft = "" if rows[0]["setting"] == "best" else " soft"
+            best = rows[0]["setting"] == "best"
             points = [(r["parameters"][plot.x], plot.y(r)) for r in rows]
-            series.append(Series(entry, points, [plot.band(r) for r in rows], style + soft))
-            entries.append((entry, style))
+            series.append(Series(entry, points, [plot.band(r) for r in rows], style if best else f"{style} soft"))
+            if best:
+                entries.append((entry, style))
+            else:
+                others.append(rows[0]["setting"])
     ticks = [(x, plot.x_text(x)) for x in sorted({r["parameters"][plot.x] for r in plot.rows})]
     label = "tokens of context" if plot.x == "context" else plot.x.replace("_", " ")
     figure = responsive(
@@ -116,7 +119,8 @@ def _line_figure(plot: Plot) -> str:
             height=340 if w == WIDE else 280, x_ticks=ticks, y_text=plot.y_text, log_y=plot.log_y, names=False, cls=c,
         )
     )  # fmt: skip
-    return legend([*entries, ("limit of the same colour's shape on this machine", "dashed")]) + figure
+    hollow = [(f"hollow: {', '.join(dict.fromkeys(others))}", "")] if others else []
+    return legend([*entries, *hollow, ("limit of the same colour's shape on this machine", "dashed")]) + figure
 
 
 def _bar_figure(plot: Plot) -> str:

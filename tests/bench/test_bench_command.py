@@ -19,7 +19,7 @@ from benchmarks.harness.environment import ROOT
 from benchmarks.suite import compare, journal, machine, report, results, run, worker
 from benchmarks.suite.journal import Journal, JournalError
 from tests.bench import fake_scenarios
-from tests.bench.runs import ENVIRONMENT, a_run
+from tests.bench.runs import ENVIRONMENT, a_run, measured
 
 validate = fastjsonschema.compile(json.loads((ROOT / "benchmarks/suite/results.schema.json").read_text()))
 FAKE = ("--scenarios", "tests.bench.fake_scenarios", "--preset", "laptop")
@@ -289,6 +289,18 @@ def test_drift_outliers_and_temperature_become_notes():
     hot = machine.thermal_notes({"gpu_celsius": 40.0}, {"gpu_celsius": 71.0, "gpu_throttle": 0x40})
     assert hot == ["the GPU went from 40 to 71 degrees Celsius", "the GPU held its clock back (reasons 0x40)"]
     assert machine.sensors()["pulse_seconds"] > 0
+
+
+def test_models_that_did_not_take_turns_have_no_ratio():
+    point = fake_scenarios.cases("laptop", "cpu")[0]
+    found = [measured(point, i, [0.001 * (i + 1)] * 9) for i in range(3)]
+    assert [(r["entry"], r["ratio"], r["low"], r["verdict"]) for r in worker.ratios(found)] == [
+        ("peer", 2.0, 2.0, "slower"), ("peer, as users run it", 3.0, 3.0, "slower"),
+    ]  # fmt: skip
+    found[1].group = 1
+    assert [r["entry"] for r in worker.ratios(found)] == ["peer, as users run it"]
+    few = [measured(point, i, [0.001 * (i + 1)] * 5) for i in range(2)]
+    assert [(r["low"], r["verdict"]) for r in worker.ratios(few)] == [(None, "too few rounds")]
 
 
 def test_gpu_sensors_are_read_as_the_driver_prints_them(monkeypatch):

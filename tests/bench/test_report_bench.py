@@ -109,6 +109,7 @@ def test_each_side_has_its_limit_drawn_as_a_line(html):
         lines = classes(root, "polyline")
         assert lines.count("limit s0") == lines.count("limit s1") == 1
         assert lines.count("line s0") == lines.count("line s1") == lines.count("line s1 soft") == 1
+        assert classes(root, "rect") == ["mark s1"] * 3 + ["mark soft s1"] * 2
         _, _, width, height = map(float, root.get("viewBox").split())
         for node in root.iter():
             for x, y in (p.split(",") for p in (node.get("points") or "").split()):
