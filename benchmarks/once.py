@@ -1,4 +1,4 @@
-"""python -m benchmarks.once <op> [--device cuda] [--backend cuda] [--shape NAME]: a few calls of one bench case, for a profiler."""
+"""python -m benchmarks.once <op> [--device cuda] [--backend cuda] [--shape NAME] [--backward]: a few calls of one bench case, for a profiler."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", default="cpu")
     p.add_argument("--backend", help="cpu, cuda or triton (default: the device's own)")
     p.add_argument("--shape", help="a shape of the bench (default: its first)")
+    p.add_argument("--backward", action="store_true", help="a case of forward and backward")
     args = p.parse_args(argv)
     args.backend = args.backend or torch.device(args.device).type
     names = benches()
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"op: {args.op!r} has no bench; there are {', '.join(names)}")
     module = importlib.import_module(names[name])
     cases = list(getattr(module, "CASES", {}).get(args.op, module.cases if hasattr(module, "cases") else None)(args))
+    cases = [case for case in cases if ("fwd+bwd" in case.mode) == args.backward]
+    if not cases:
+        p.error(f"op: {args.op!r} has no case of forward and backward")
     shapes = list(dict.fromkeys(case.shape for case in cases))
     if args.shape and args.shape not in shapes:
         p.error(f"--shape: {args.shape!r} is none of {', '.join(shapes)}")

@@ -189,5 +189,9 @@ def test_one_case_for_a_profiler(op, capsys):
 
     shape = ["--shape", "laptop"] if op == "ldp_projector" else []
     assert once.main([op, *shape]) == 0 and "cpu: 8 calls" in capsys.readouterr().out
+    if op == "rms_norm":
+        assert once.main([op, "--backward"]) == 0 and "fwd+bwd" in capsys.readouterr().out
+        with pytest.raises(SystemExit):
+            once.main(["causal_conv1d_update", "--backward"])
     with pytest.raises(SystemExit):
         once.main([op, "--shape", "none-such"])

@@ -292,12 +292,17 @@ METRICS = {
 }
 
 
+def sources_of(kernel: str) -> set[str]:
+    """Files of csrc/ that hold a kernel with this in its name, by csrc/nvcc_table.tsv."""
+    rows = [line.split("\t") for line in (ROOT / "csrc" / "nvcc_table.tsv").read_text().splitlines()[2:]]
+    return {source for source, name, *_ in rows if kernel in name}
+
+
 def op_of(kernel: str) -> str | None:
-    """The op whose kernels hold this name: of the only room in csrc/nvcc_table.tsv that has one, or the op it begins with."""
+    """The op whose kernels hold this name: of the only room that has one, or the op it begins with."""
     from tests.gpu.cases import OPS
 
-    rows = [line.split("\t") for line in (ROOT / "csrc" / "nvcc_table.tsv").read_text().splitlines()[2:]]
-    rooms = {source.split("/")[0] for source, name, *_ in rows if kernel in name}
+    rooms = {source.split("/")[0] for source in sources_of(kernel)}
     room = rooms.pop() if len(rooms) == 1 else max((name for name in OPS if kernel.startswith(name)), key=len, default=None)
     return "mlp_projector" if room == "projector" else room if room in OPS else None
 
@@ -312,6 +317,8 @@ def profile(session: Session, kernel: str, op: str | None, shape: str | None) ->
         session.finish("profile", 2, 0, f"KERNEL={kernel} is of no op, or of several (csrc/nvcc_table.tsv); say OP=")
         return session.end()
     run = [PYTHON, "-m", "benchmarks.once", op, "--device", "cpu" if session.rehearse else "cuda", *(["--shape", shape] if shape else [])]
+    if sources_of(kernel) and all(source.endswith("_bwd.cu") for source in sources_of(kernel)):
+        run.append("--backward")
     ncu = shutil.which("ncu")
     if session.rehearse:
         session.step("run", run)

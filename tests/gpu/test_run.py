@@ -89,3 +89,11 @@ def test_without_a_device_the_verbs_say_so(capsys, monkeypatch):
 def test_the_op_of_a_kernel_comes_from_the_table():
     assert run.op_of("rms_norm_fwd_vector_kernel") == "rms_norm" and run.op_of("selective_scan_fwd") == "selective_scan"
     assert run.op_of("no_such_kernel") is None and run.op_of("probe_kernel") is None  # the benchmarks' own
+
+
+@pytest.mark.parametrize("kernel, backward", [("selective_scan_bwd_kernel", True), ("selective_scan_fwd", False), ("any_bwd_kernel", True)])
+def test_a_kernel_of_a_backward_is_profiled_in_a_case_that_has_one(session, kernel, backward, monkeypatch):
+    commands = []
+    monkeypatch.setattr(session, "step", lambda name, command: commands.append(command) or (0, ""))
+    assert run.profile(session, kernel, None, None) == 0
+    assert ("--backward" in commands[-1]) is backward
