@@ -51,9 +51,11 @@ def test_real_sizes_are_built_on_the_meta_device(name):
 
 @pytest.mark.parametrize("name", EVERYONE)
 def test_every_parameter_has_a_value(subject, name):
-    """Built without torch's initialisation and filled by hand: nothing is forgotten, no two rows are alike."""
+    """Built without torch's initialisation and filled by hand: nothing is forgotten, no two rows or matrices are alike."""
     model = subject(name)
     for part, module in model.modules.items():
+        firsts = [p[0].flatten()[:24] for key, p in module.named_parameters() if p.dim() == 2 and not key.endswith("A_log") and p.shape[1] >= 24]
+        assert len(torch.stack(firsts).unique(dim=0)) == len(firsts), part
         for key, p in module.named_parameters():
             assert p.isfinite().all() and (p.abs() < 10).all(), (part, key)
             if p.dim() == 2 and not key.endswith("A_log") and p.numel() > 1000:
@@ -186,16 +188,32 @@ def test_shared_prefix_is_read_once():
 # --- the same arithmetic at every setting -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def lively(subject):
+    """lively(name): a tiny model whose answers are not one token for ever: larger weights, and a head that is not the embedding."""
+
+    def make(name):
+        model = build(name)
+        language = model.modules["language"]
+        for key, p in language.named_parameters():
+            if p.dim() > 1 and not key.endswith("A_log"):
+                p.mul_(10)
+        language.lm_head.weight = torch.nn.Parameter(torch.randn(language.lm_head.weight.shape), requires_grad=False)
+        return model
+
+    return make
+
+
 @pytest.mark.parametrize("name", EVERYONE)
-def test_settings_of_one_model_agree(subject, name):
-    model = subject(name)
+def test_settings_of_one_model_agree(lively, name):
+    model = lively(name)
     pixels, ids = model.pixels(2), model.ids(1, 5)
     torch.testing.assert_close(model.first_token_as_users(pixels, ids), model.first_token(pixels, ids), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.step_as_users(2, 1030)(), model.step(2, 1030)(), atol=1e-5, rtol=1e-5)
     pixels = model.pixels(1)
     answer = model.answer(pixels, ids, 6)
     tokens = answer()
-    assert tokens.shape == (1, 6)
+    assert tokens.shape == (1, 6) and len(tokens.unique()) > 3
     assert torch.equal(tokens, answer())  # nothing is left over from the call before
     assert torch.equal(tokens, model.answer_as_users(pixels, ids, 6))
 
@@ -224,6 +242,18 @@ def test_a_step_on_slots_is_the_next_token_of_a_long_prefill(subject, name):
     cache = Cache(layers=[SlotLayer(torch.cat([s.keys, pad], 2), torch.cat([s.values, pad], 2)) for s in seen.layers])
     for _ in range(2):  # the slot is written again
         torch.testing.assert_close(model.decoder.step(ids[:, -1:], cache), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_pooling_projector_is_ldp(subject):
+    """Linear, GELU, Linear, average pooling, y = p + depthwise3x3(p): what the room's reference computes, and MobileVLM v2 too."""
+    model = subject("mobilevlm-v2-3b-tiny")
+    features, module = model.vision(model.pixels(2)), model.projector
+    first, _, second = module.mlp
+    expected = cobra_kernels.ldp_projector(
+        features, [first.weight, second.weight], [first.bias, second.bias], module.peg.weight, module.peg.bias, out_grid=(4, 4),
+        backend="reference",
+    )  # fmt: skip
+    torch.testing.assert_close(model.project(features), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_repeated_steps_are_one_step(subject):
