@@ -99,7 +99,8 @@ class Runner:
 
     def __init__(self, args: argparse.Namespace, folder: Path, journal: Journal) -> None:
         self.args, self.folder, self.journal = args, folder, journal
-        self.common = ["--scenarios", args.scenarios, "--preset", args.preset, "--device", args.device, "--threads", str(args.threads)]
+        self.common = ["--scenarios", args.scenarios, "--preset", args.preset, "--device", args.device]
+        self.common += ["--threads", str(args.threads), "--parent", str(os.getpid())]
 
     def roofs(self) -> Roofs | None:
         """This machine's roofs, measured once per run; None when its device is not there."""

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import importlib
 import json
+import os
 import resource
 import signal
 import sys
@@ -23,10 +24,12 @@ from benchmarks.suite.machine import sensors, thermal_notes
 OUT_OF_MEMORY = 77  # exit status
 
 
-def confine(device: str) -> None:
+def confine(device: str, parent: int) -> None:
     """Let this process fail before the machine does: the kernel's killer takes it first, and on a CPU an allocation beyond
     nine tenths of what is free now raises, where it would otherwise drive the machine into swap."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing of it outlives the command that started it
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive the command that started it
+    if os.getppid() != parent:  # which may have ended before
+        sys.exit("the command that started this worker is gone")
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     if device == "cpu":  # a CUDA context maps far more than it uses
@@ -129,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--seconds", type=float)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--threads", type=int, default=0)
+    p.add_argument("--parent", type=int, required=True, help="process id of the command")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
     import torch
@@ -136,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     steady_allocator()
     if args.threads:
         torch.set_num_threads(args.threads)
-    confine(args.device)
+    confine(args.device, args.parent)
     try:
         if args.what == "roofs":
             found = asdict(importlib.import_module(args.scenarios).machine(args.device))

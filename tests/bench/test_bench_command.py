@@ -6,9 +6,11 @@ import copy
 import gc
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import fastjsonschema
 import pytest
@@ -40,7 +42,7 @@ def inline(monkeypatch):
         return "done", "", found
 
     monkeypatch.setattr(run, "in_own_process", run_inline)
-    monkeypatch.setattr(worker, "confine", lambda device: None)
+    monkeypatch.setattr(worker, "confine", lambda device, parent: None)
     monkeypatch.setattr(worker, "steady_allocator", lambda: "as it is")
     for module in (machine, run):
         monkeypatch.setattr(module, "source", lambda: "0123456789ab")
@@ -374,3 +376,12 @@ def test_every_preset_lists_cases_of_one_name_each(capsys):
         assert run.main(["--list", "--preset", preset, "--device", "cpu"]) == 0
         names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
         assert names and len(set(names)) == len(names)
+
+
+def test_a_worker_whose_command_is_gone_ends(monkeypatch):
+    limits = []
+    monkeypatch.setattr(worker.ctypes, "CDLL", lambda name: SimpleNamespace(prctl=lambda *a: limits.append(a)))
+    monkeypatch.setattr(worker.resource, "setrlimit", lambda *a: limits.append(a))
+    with pytest.raises(SystemExit, match="is gone"):
+        worker.confine("cpu", os.getppid() + 1)
+    assert limits == [(1, 9)]
