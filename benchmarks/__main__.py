@@ -92,7 +92,7 @@ def run_all(args: argparse.Namespace, passed_on: list[str]) -> int:
     if args.file is not None:
         print(f"records: {args.file}")
     elif not args.no_record:
-        print(f"records: {os.path.relpath(store.path_for('x', args.device, args.results).parent)}/")
+        print(f"records: {os.path.relpath(store.path_for('x', args.device, args.results).parent)}/; python -m benchmarks.readme puts them into the pages")
     print(f"{len(names) - len(failures)} of {len(names)} benches in {time.monotonic() - began:.0f} s")
     return 1 if failures else 0
 
