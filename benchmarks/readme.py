@@ -29,7 +29,7 @@ ROOFS = {"exp": "the exponentials", "copy": "copy", "matmul": "a matrix product"
 
 def pages(root: Path = ROOT) -> list[Path]:
     """Every page whose figures are traced."""
-    single = [root / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md", "csrc/simt/README.md")]
+    single = [root / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "benchmarks/README.md", "csrc/simt/README.md")]
     return [p for p in (*single, *sorted(root.glob("docs/*.md")), *sorted(root.glob("cobra_kernels/ops/*/README.md"))) if p.exists()]
 
 
