@@ -363,9 +363,9 @@ def test_compare_prints_and_reports(tmp_path, inline, capsys):
 
 def test_a_run_is_recorded_once(tmp_path):
     (tmp_path / "run").mkdir()
-    assert run.adopt(a_run(), tmp_path / "run", tmp_path / "results") == 11
+    assert run.adopt(a_run(), tmp_path / "run", tmp_path / "results") == 10
     found = records.load(tmp_path / "results" / "some-cpu-more-2-cores" / "step.jsonl")
-    assert len(found) == 8 and found[0].shape == "ours" and found[0].environment["run"] == "now"
+    assert len(found) == 7 and found[0].shape == "ours" and found[0].environment["run"] == "now"
     assert found[0].fraction == pytest.approx(0.25)
     with pytest.raises(run.RunError, match="was recorded before"):
         run.adopt(a_run(), tmp_path / "run", tmp_path / "results")
