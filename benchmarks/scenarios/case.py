@@ -240,7 +240,7 @@ class Case:
                     trials[entry.name] = time.perf_counter() - start
                     error = disagreement(answer, answers.setdefault(entry.model, answer)) if provider.comparable else 0.0
             except Exception as failure:  # out of memory, no compiler, a library that cannot: this entry alone is lost
-                reasons[entry.name] = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0][:200] if str(failure).strip() else ''}"
+                reasons[entry.name] = _words(failure)
                 _release()
                 continue
             if error > SAME_MODEL[self.dtype]:
@@ -253,9 +253,13 @@ class Case:
         del answers
         if not providers:
             return {}
-        with torch.no_grad():
-            timings = measure(list(providers.values()), cache="warm", seconds=seconds, seed=seed, device=self.device)
-            energies = {name: joules_per_call(p, self.device) if self.energy else (None, "") for name, p in providers.items()}
+        try:
+            with torch.no_grad():
+                timings = measure(list(providers.values()), cache="warm", seconds=seconds, seed=seed, device=self.device)
+                energies = {name: joules_per_call(p, self.device) if self.energy else (None, "") for name, p in providers.items()}
+        except Exception as failure:  # out of memory once all of them run: none has a figure
+            reasons.update(dict.fromkeys(providers, _words(failure)))
+            return {}
         by_name = {e.name: e for e in group}
         return {
             name: (self._record(by_name[name], timing, trials[name], roofs, environment), timing, *energies[name])
@@ -286,6 +290,12 @@ class Case:
 def _free(device: str) -> int:
     """Bytes that the entries of one case may use: what is free now and what held models would give back, with a margin."""
     return int(0.85 * (available_memory(device) + POOL.held_bytes(device)))
+
+
+def _words(failure: Exception) -> str:
+    """An exception in a line."""
+    lines = str(failure).strip().splitlines()
+    return f"{type(failure).__name__}: {lines[0][:200]}" if lines else type(failure).__name__
 
 
 def _synchronize(device: str) -> None:
