@@ -286,7 +286,7 @@ def summary(run: dict) -> None:
                     "" if i else case["id"], r["entry"], seconds_text(r["record"]["median"]) if r["record"] else "not run",
                     report.rate_text(r["rate"], r["unit"]), "-" if r["fraction"] is None else f"{r['fraction']:.0%}",
                     "-" if ratio is None else report.ratio_text(ratio["ratio"], ratio["low"], ratio["high"]),
-                    ("*" if r["notes"] or case["notes"] else "") if r["record"] else r["reason"][:60],
+                    ("*" if r["notes"] or case["notes"] else "") if r["record"] else r["reason"][:100],
                 ]
             )  # fmt: skip
     e = run["environment"]
