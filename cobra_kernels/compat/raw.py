@@ -114,9 +114,10 @@ def conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_s
     state_len = conv_state.shape[-1]
     if cache_seqlens is None or x.dim() < 3 or x.shape[2] <= state_len:
         return cobra_kernels.causal_conv1d_update(x, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+    # Each piece but the last goes around once, so that all of them begin at the same column.
     pieces = [
-        cobra_kernels.causal_conv1d_update(piece, conv_state, weight, bias, activation, cache_seqlens + begin, conv_state_indices)
-        for begin, piece in zip(range(0, x.shape[2], state_len), x.split(state_len, dim=2))
+        cobra_kernels.causal_conv1d_update(piece, conv_state, weight, bias, activation, cache_seqlens, conv_state_indices)
+        for piece in x.split(state_len, dim=2)
     ]
     return torch.cat(pieces, dim=2)
 

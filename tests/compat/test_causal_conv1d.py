@@ -70,7 +70,7 @@ def test_packed_sequences_are_those_run_alone():
 
     x, weight, bias, _ = inputs(batch=1, seqlen=20, channel_last=True)
     x.requires_grad_()
-    seq_idx = torch.tensor([[0] * 3 + [1] + [2] * 9 + [-1] * 2 + [3] * 5], dtype=torch.int32)
+    seq_idx = torch.tensor([[3] * 3 + [1] + [2] * 9 + [-1] * 2 + [0] * 5], dtype=torch.int32)
     out = causal_conv1d_fn(x, weight, bias, seq_idx, activation="silu")
     assert_close(out, causal_conv1d_ref(x.double(), weight.double(), bias.double(), activation="silu", seq_idx=seq_idx), OUTPUT[x.dtype])
     (grad,) = torch.autograd.grad(out.square().sum(), x)

@@ -339,10 +339,11 @@ def test_block_of_2_x(fused):
         assert torch.equal(got, want)
     wide = Block(16, Mamba, lambda dim: nn.Linear(dim, dim), nn.LayerNorm, fused, True)
     wide.load_state_dict(old.state_dict(), strict=False)
+    nn.init.uniform_(wide.norm2.weight)
     got, stream = wide(hidden, residual)
     mixed, before = old(hidden, residual)
     assert_close(stream, mixed + before, OUTPUT[torch.float32])
-    assert_close(got, wide.mlp(F.layer_norm(mixed + before, (16,))), 1e-5)
+    assert_close(got, wide.mlp(F.layer_norm(mixed + before, (16,), wide.norm2.weight)), 1e-5)
 
 
 def test_config_of_2_x():
