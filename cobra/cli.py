@@ -157,8 +157,9 @@ def _parser() -> argparse.ArgumentParser:
 
     verify = _command(commands, "verify-checkpoint", _verify, "list a checkpoint's tensors and what is wrong with them", VERIFY_EPILOG)
     verify.add_argument("path", metavar="PATH", help="a checkpoint folder (ours, official, mamba_ssm's, transformers') or one weight file")
+    presets = ", ".join(PRESETS)
     verify.add_argument(
-        "--against", metavar="CONFIG", help=f"a config.json, a folder with one, or a preset: {', '.join(PRESETS)} (default: the folder's own)"
+        "--against", metavar="CONFIG", help=f"a config.json, a folder with one, or a preset: {presets} (default: the folder's own)"
     )
     verify.add_argument("--quiet", action="store_true", help="no notes and no progress")
 

@@ -154,18 +154,27 @@ def _line(pipe) -> bytes:
 def _listing(path: Path, line: bytes, broken) -> tuple[list[Stored], list[str]]:
     if not line.endswith(b"\n"):
         raise broken("before it listed the tensors")
-    answer = strict_json(line, f"{path}: listing")
-    if "error" in answer:
-        raise _refused(path, str(answer.get("kind")), str(answer["error"]))
-    entries = []
-    for i, (parts, dtype, shape) in enumerate(answer["tensors"]):
-        label = f"{path}: tensor {'.'.join(parts)!r:.120}"
-        if dtype not in _NAMES:
-            raise CheckpointError(f"{label} has dtype {_printable(dtype):.40}, expected one of {', '.join(_NAMES)}")
-        if len(shape) > 8 or not all(type(n) is int and 0 < n < 1 << 63 for n in shape):
-            raise CheckpointError(f"{label} has shape {shape!r:.80}, expected at most 8 positive integers")
-        entries.append(Stored(tuple(parts), _NAMES[dtype], tuple(shape), i))
-    return entries, [_printable(other)[:200] for other in answer["others"]]
+    try:
+        answer = strict_json(line, f"{path}: listing")
+        if "error" in answer:
+            raise _refused(path, str(answer["kind"]), str(answer["error"]))
+        entries = [_stored(path, i, *described) for i, described in enumerate(answer["tensors"])]
+        return entries, [_printable(other)[:200] for other in answer["others"]]
+    except (KeyError, TypeError) as error:  # what the file has made of the process speaks
+        raise CheckpointError(f"{path}: the process that reads it answers nonsense ({type(error).__name__})") from None
+
+
+def _stored(path: Path, index: int, parts: list[str], dtype: str, shape: list[int]) -> Stored:
+    name = _printable(".".join(parts))
+    label = f"{path}: tensor {name!r:.120}"
+    if dtype not in _NAMES:
+        raise CheckpointError(f"{label} has dtype {_printable(dtype):.40}, expected one of {', '.join(_NAMES)}")
+    if len(shape) > 8 or not all(type(n) is int and 0 < n < 1 << 63 for n in shape):
+        raise CheckpointError(f"{label} has shape {shape!r:.80}, expected at most 8 positive integers")
+    entry = Stored(tuple(parts), _NAMES[dtype], tuple(shape), index)
+    if entry.nbytes > path.stat().st_size:  # a view that repeats its elements
+        raise CheckpointError(f"{label} has {entry.nbytes:,} bytes, expected no more than the {path.stat().st_size:,} of the file")
+    return entry
 
 
 def _refused(path: Path, kind: str, message: str) -> CheckpointError:

@@ -57,7 +57,7 @@ def program(*args, **kwargs):
 # --- help and errors --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["doctor"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["convert"], ["verify-checkpoint"], ["doctor"]])
 def test_help(capsys, command):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import cobra
-from cobra import checkpoint, cli, convert, source, unpickle
+from cobra import checkpoint, cli, convert, keymaps, source, unpickle
 from cobra.config import TowerConfig, VisionConfig, parse_config, preset
 from cobra.errors import CheckpointError
 from cobra.source import Source, Stored, open_source
@@ -288,7 +289,24 @@ def test_the_published_model():
     assert any("projector.0.weight has shape" in p for p in convert.plan_official(smaller, official, {"siglip": towers["siglip"]}).problems)
 
 
-def test_towers_within_a_checkpoint(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("linear", ["projector.weight", "projector.bias"]),
+        ("gelu-mlp", ["projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"]),
+        (
+            "fused-ldpnet",
+            ["projector.0.weight", "projector.0.bias", "projector.2.weight", "projector.2.bias"]
+            + ["projector.4.peg.0.weight", "projector.4.peg.0.bias"],
+        ),
+    ],
+)
+def test_the_other_projectors(kind, names):
+    shapes = checkpoint.expected_shapes(checkpoint.meta_model(replace(TINY, projector_kind=kind)))
+    assert {path[2] for path, _ in keymaps.official(shapes).values() if path[:2] == ("model", "projector")} == set(names)
+
+
+def test_towers_within_a_checkpoint():
     """A run that trained its towers has them in the checkpoint, and no file is needed."""
     trained = timm_vit(32, 3, 64, 14, 64, registers=4, kind="dinov2", prefix="dino_featurizer.")
     trained |= timm_vit(48, 3, 96, 14, 64, prefix="siglip_featurizer.")
@@ -461,6 +479,25 @@ def test_the_filters_of_both_machines():
         assert len(set(numbers)) == len(numbers) and max(numbers) <= last
 
 
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ([], "answers nonsense"),
+        ({}, "answers nonsense"),
+        ({"tensors": [[1, "float32", [2]]], "others": []}, "answers nonsense"),
+        ({"tensors": [[["a"], "float32"]], "others": []}, "answers nonsense"),
+        ({"tensors": [[["a"], ["float32"], [2]]], "others": []}, "answers nonsense"),
+        ({"tensors": [[["a"], "complex64", [2]]], "others": []}, "has dtype complex64, expected one of float32"),
+        ({"tensors": [[["a"], "float32", [-2]]], "others": []}, "expected at most 8 positive integers"),
+        ({"tensors": [[["a"], "float32", [1 << 40]]], "others": []}, "bytes, expected no more than the 100 of the file"),
+    ],
+)
+def test_answers_of_the_process_are_not_believed(answer, message, tmp_path):
+    (tmp_path / "x.pt").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match=message):
+        source._listing(tmp_path / "x.pt", json.dumps(answer).encode() + b"\n", None)
+
+
 def test_what_is_no_tensor_is_told(tmp_path):
     torch.save({"epoch": 3, "state_dict": {"a": torch.ones(2), "n": torch.tensor(5)}, "x": [torch.ones(1)]}, tmp_path / "x.pt")
     assert zipfile.is_zipfile(tmp_path / "x.pt")
@@ -468,3 +505,13 @@ def test_what_is_no_tensor_is_told(tmp_path):
         assert [(e.name, e.dtype, e.shape) for e in opened.entries] == [("state_dict.a", "F32", (2,)), ("state_dict.n", "I64", ())]
         assert opened.others == ["epoch (int)", "x (list)"]
         assert opened.read(opened.entries[1]) == 5 and torch.equal(opened.read(opened.entries[0]), torch.ones(2))
+
+
+def test_the_progress_bar(monkeypatch):
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(cli, "_console", lambda: console)
+    with cli._progress("converting x", False) as begin:
+        advance = begin(3000)
+        advance(1000)
+        advance(2000)
+    assert "converting x" in console.file.getvalue() and "3.0/3.0 kB" in console.file.getvalue()
