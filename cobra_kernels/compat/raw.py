@@ -83,12 +83,22 @@ def vmamba_scan_bwd(u, delta, A, B, C, D, delta_bias, dout, x, delta_softplus, n
 # --- causal_conv1d_cuda and causal_conv1d.cpp_functions --------------------------------------------------------------
 
 
+def conv1d(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation):
+    """`cobra_kernels.causal_conv1d`, with initial states that are of the first sequence of seq_idx too, as upstream has it from 1.7."""
+    history = 0
+    if seq_idx is not None and initial_states is not None and x.shape[2]:
+        history = initial_states.shape[2]
+        x = torch.cat([initial_states.to(x.dtype), x], dim=2)
+        seq_idx = torch.cat([seq_idx[:, :1].expand(-1, history), seq_idx], dim=1)
+        initial_states = None
+    out = cobra_kernels.causal_conv1d(x, weight, bias, seq_idx, initial_states, return_final_states, final_states_out, activation)
+    return out[:, :, history:] if history else out
+
+
 def causal_conv1d_fwd_function(x, weight, bias, seq_idx, initial_states, final_states_out, silu_activation):
     """out; final_states_out, if given, is written."""
     with torch.no_grad():
-        out = cobra_kernels.causal_conv1d(
-            x, weight, bias, seq_idx, initial_states, final_states_out is not None, final_states_out, _activation(silu_activation)
-        )
+        out = conv1d(x, weight, bias, seq_idx, initial_states, final_states_out is not None, final_states_out, _activation(silu_activation))
     return out if final_states_out is None else out[0]
 
 
@@ -96,9 +106,7 @@ def causal_conv1d_bwd_function(x, weight, bias, dout, seq_idx, initial_states, d
     """(dx, dweight, dbias, dinitial_states), None for what is absent or not wanted; dx, if given, is written."""
     x_, weight_, bias_, initial_ = leaves = _leaves(x, weight, bias, initial_states)
     with torch.enable_grad():
-        out = cobra_kernels.causal_conv1d(
-            x_, weight_, bias_, seq_idx, initial_, dfinal_states is not None, None, _activation(silu_activation)
-        )
+        out = conv1d(x_, weight_, bias_, seq_idx, initial_, dfinal_states is not None, None, _activation(silu_activation))
     outputs = out if isinstance(out, tuple) else (out,)
     got, dweight, dbias, dinitial = _gradients(outputs, leaves, [dout, dfinal_states])
     return got if dx is None else dx.copy_(got), dweight, dbias, dinitial if return_dinitial_states else None

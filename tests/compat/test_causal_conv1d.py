@@ -83,6 +83,30 @@ def test_packed_sequences_are_those_run_alone():
     assert (out[:, :, seq_idx[0] < 0] == 0).all() and (grad[:, :, seq_idx[0] < 0] == 0).all()
 
 
+@pytest.mark.parametrize("first", [1, 2, 5])
+def test_initial_states_belong_to_the_first_packed_sequence(first):
+    """Fewer positions than the state has, and more; through the raw entry as well."""
+    from causal_conv1d import causal_conv1d_fn
+    from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref
+
+    leaves = [t.requires_grad_() for t in inputs(seqlen=9)]
+    seq_idx = torch.tensor([[7] * first + [3] * (9 - first)] * 2)
+    out = causal_conv1d_fn(*leaves[:3], seq_idx, leaves[3], activation="silu")
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    want = causal_conv1d_ref(*wide, activation="silu", seq_idx=seq_idx)
+    assert_close(out, want, OUTPUT[torch.float32])
+    head = causal_conv1d_ref(wide[0][..., :first], *wide[1:], activation="silu")
+    assert_close(out[..., :first], head, OUTPUT[torch.float32])
+    raw = importlib.import_module("causal_conv1d_cuda")
+    assert torch.equal(raw.causal_conv1d_fwd(*leaves[:3], seq_idx, leaves[3], None, True), out)
+    dout = torch.randn(out.shape)
+    grads = torch.autograd.grad(out, leaves, dout)
+    of_raw = raw.causal_conv1d_bwd(*leaves[:3], dout, seq_idx, leaves[3], None, None, True, True)
+    for g, r, w in zip(grads, of_raw, torch.autograd.grad(want, wide, dout.double()), strict=True):
+        assert_close(g, w, GRADIENT[torch.float32])
+        assert torch.equal(g, r)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_update_of_a_pool(dtype):
     """Rows by index, padding left alone, the state's bits."""
