@@ -55,10 +55,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 # Where the towers of the official models come from: they are not part of a latest-checkpoint.pt.
 _TOWER_FILES = {
     ("dinov2", 1024): "vit_large_patch14_reg4_dinov2.lvd142m",
-    ("siglip", 1152): "ViT-SO400M-14-SigLIP",
-    ("siglip", 768): "ViT-B-16-SigLIP",
-    ("clip", 1024): "vit_large_patch14_clip.openai",
-    ("clip", 768): "vit_base_patch16_clip_224.openai",
+    ("siglip", 1152): "ViT-SO400M-14-SigLIP{-px}",
+    ("siglip", 768): "ViT-B-16-SigLIP{-px}",
+    ("clip", 1024): "vit_large_patch14_clip_{px}.openai",
+    ("clip", 768): "vit_base_patch16_clip_{px}.openai",
     ("in1k", 1024): "vit_large_patch16_224.augreg_in21k_ft_in1k",
 }
 
@@ -187,9 +187,11 @@ def _exists(directory: Path, name: str) -> bool:
 
 
 def _convert_line(directory: Path, config: CobraConfig) -> str:
-    towers = "".join(
-        f" --{tower.name} {_TOWER_FILES.get((tower.kind, tower.width), tower.kind)}.safetensors" for tower in config.vision.towers
-    )
+    towers = ""
+    for tower in config.vision.towers:
+        file, px = _TOWER_FILES.get((tower.kind, tower.width), tower.kind), tower.image_size
+        file = file.replace("{px}", str(px)).replace("{-px}", f"-{px}" if px != 224 else "")
+        towers += f" --{tower.name} {file}.safetensors"
     source, target = shlex.quote(str(directory)), shlex.quote(f"{directory}-safetensors")
     return f"cobra convert {source} {target}{towers} --tokenizer tokenizer.json"
 

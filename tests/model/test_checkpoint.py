@@ -474,7 +474,7 @@ def test_the_official_directory_is_not_unpickled_but_explained(tmp_path):
         cobra.load(directory)
     line = (
         f"cobra convert '{directory}' '{directory}-safetensors' --dino vit_large_patch14_reg4_dinov2.lvd142m.safetensors "
-        "--siglip ViT-SO400M-14-SigLIP.safetensors --tokenizer tokenizer.json"
+        "--siglip ViT-SO400M-14-SigLIP-384.safetensors --tokenizer tokenizer.json"
     )
     assert str(error.value).splitlines()[1] == f"    {line}"
 
