@@ -129,7 +129,8 @@ def _compile(share: tuple[str, int, int, int]) -> tuple[int, list[str]]:
     """In a worker: runs a share of the Triton calls of the tests once, so that their variants lie in Triton's cache."""
     from tests.gpu import cases
     from tests.gpu.carry import moved
-    from tests.gpu.test_on_gpu import SAMPLED
+    from tests.gpu.test_on_gpu import SAMPLED, SAMPLED_GRADIENTS
+    from tests.sampler import has_gradients
 
     backend, index, count, limit = share
     device = "cpu" if backend == "cpu" else "cuda"
@@ -137,7 +138,9 @@ def _compile(share: tuple[str, int, int, int]) -> tuple[int, list[str]]:
 
     done, errors = 0, []
     calls = [case for _, case in cases.sampled(limit or SAMPLED[backend], index, count)]
-    for position, op in enumerate(cases.OPS):
+    trained = (case for _, case in cases.sampled(limit or SAMPLED_GRADIENTS[backend], index, count))
+    calls += [case._replace(gradients=True) for case in trained if has_gradients(case)]
+    for position, op in enumerate(cases.CALLS):
         if position % count == index:
             calls += [cases.make(op, batch, device == "cuda") for batch in (1, 2, 4)]
     for case in calls:

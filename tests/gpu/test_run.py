@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+import cobra_kernels
 from tests.gpu import run
 
 REPORT = """========= COMPUTE-SANITIZER
@@ -97,3 +98,10 @@ def test_a_kernel_of_a_backward_is_profiled_in_a_case_that_has_one(session, kern
     monkeypatch.setattr(session, "step", lambda name, command: commands.append(command) or (0, ""))
     assert run.profile(session, kernel, None, None) == 0
     assert ("--backward" in commands[-1]) is backward
+
+
+@pytest.mark.skipif(cobra_kernels.backends()["cpu"] is not None, reason="no compiled kernels")
+def test_what_is_compiled_in_advance_has_backwards_too():
+    cobra_kernels.reset_call_counts()
+    done, errors = run._compile(("cpu", 0, 4, 8))
+    assert done and not errors and any(name.endswith("_bwd") for name, _ in cobra_kernels.call_counts())
