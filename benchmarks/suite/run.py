@@ -247,7 +247,10 @@ def measure(args: argparse.Namespace, folder: Path, every: list[Case], wanted: l
         with progress(estimate) as say:
             say("the machine's roofs", "")
             roofs = runner.roofs()
+            begun = journal.entries[0]["identity"]["source"]
             for case in pending:
+                if (now := source()) != begun:  # each case imports what lies there now
+                    raise RunError(f"the source is {now}, expected {begun}, with which {folder.name} was begun; what is measured is kept")
                 say(case.id, "")
                 entry = runner.case(case, roofs)
                 journal.append(entry)

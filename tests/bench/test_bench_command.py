@@ -7,6 +7,7 @@ import gc
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ def load(folder, name="r") -> dict:
 
 def test_a_crash_and_a_model_too_large_are_marked_and_the_run_ends_well(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(run.Runner, "roofs", lambda self: fake_scenarios.machine("cpu"))  # one process less; `inline` runs it
+    for module in (machine, run):  # whoever edits the tree meanwhile
+        monkeypatch.setattr(module, "source", lambda: "0123456789ab")
     wanted = (*FAKE, "--scenario", "crash", "--scenario", "wide", "--run", "r")
     assert bench(tmp_path, *wanted) == 0
     found = load(tmp_path)
@@ -241,6 +244,24 @@ def test_a_journal_from_elsewhere_is_not_continued(tmp_path, inline, monkeypatch
     assert bench(tmp_path, *first, "wide") == 1
     assert "journal.jsonl:1: device has" in capsys.readouterr().err
     assert bench(tmp_path, *first, "step") == 0  # nothing to add: a finished run is read anywhere
+
+
+def test_the_source_is_the_commit_and_a_hash_of_what_differs(monkeypatch):
+    assert re.fullmatch(r"(none|[0-9a-f]{12})(\+[0-9a-f]{8})?", machine.source())
+
+    def differs(text: bytes) -> str:
+        monkeypatch.setattr(machine.subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, text, b""))
+        return machine.source()
+
+    monkeypatch.setattr(machine, "commit", lambda: {"commit": "0123456789ab", "dirty": True})
+    assert differs(b"") == "0123456789ab" and differs(b"a") != differs(b"b") and differs(b"a").startswith("0123456789ab+")
+
+
+def test_a_source_that_changes_meanwhile_ends_the_run(tmp_path, inline, monkeypatch, capsys):
+    monkeypatch.setattr(run, "source", lambda: "0123456789ab" if len(inline) < 2 else "edited")
+    assert bench(tmp_path, *STEPS, "--run", "r") == 1
+    assert "the source is edited, expected 0123456789ab, with which r was begun" in capsys.readouterr().err
+    assert len(results.load(tmp_path / "r")["cases"]) == 1
 
 
 # --- order, progress, notes ---------------------------------------------------------------------------------------------
