@@ -75,7 +75,8 @@ def test_import_of_cobra_is_light():
 def test_cobra_imports_and_loads(tmp_path):
     """Every module, then a checkpoint and a picture: no write and no socket on import, no pickle at any time."""
     checkpoint.save(CobraVLM(preset("cobra-tiny"), byte_tokenizer()), tmp_path)
-    modules = "config, errors, image, prompt, tokenizer, checkpoint, splice, projector, vision, model, generate, cli"
+    modules = "config, errors, image, prompt, tokenizer, checkpoint, splice, projector, vision, model, generate, cli, "
+    modules += "keymaps, unpickle, source, convert, verify"
     code = f"""
 import cobra
 from cobra import {modules}
