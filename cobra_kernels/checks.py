@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import torch
@@ -114,6 +115,13 @@ def autocast_dtype(first: torch.Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Operands of products were cast by hand where autocast asked for it: nothing inside is cast again."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def requires_grad(*tensors: torch.Tensor | None) -> bool:

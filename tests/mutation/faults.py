@@ -650,6 +650,9 @@ PROJECTORS = [
     Fault("projector", "op: gradients of absent biases shift the others", PROJECTOR_PY + "op.py",
           "return [next(present) if has else absent for has in biased]", "return [*present, *[absent for has in biased if not has]]",
           op("projector")),
+    Fault("projector", "op: a backward inside autocast has its products cast", PROJECTOR_PY + "op.py",
+          "        with without_autocast(dy.device):  # backward() may be called inside it\n", "        if True:\n",
+          Killer("tests/ops/test_autograd.py", "inside_autocast")),
     Fault("projector", "op: autocast ignored", CHECKS,
           "return torch.get_autocast_dtype(device)", "return None", op("projector")),
 ]  # fmt: skip

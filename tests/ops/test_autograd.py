@@ -109,6 +109,20 @@ def test_autocast_trains(op):
 
 
 @every_op
+def test_a_backward_inside_autocast_is_the_same(op):
+    """Where a training loop calls backward() does not matter: what autocast casts, it has cast in the forward."""
+    f, tensors = call_of(op)
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    total = f(*leaves)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(total, leaves)
+        trained = torch.autograd.grad(f(*leaves), leaves)
+    assert all(t.dtype == torch.float32 and t.isfinite().all() for t in trained)
+    for index, (g, w) in enumerate(zip(got, gradients(f, tensors), strict=True)):
+        assert torch.equal(g, w), f"gradient {index}"
+
+
+@every_op
 def test_directional_derivative(op):
     """fp64: the change of the output along one random direction is the gradient's product with it."""
     f, tensors = call_of(op, wide=True)

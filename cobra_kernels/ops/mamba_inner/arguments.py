@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -44,10 +43,3 @@ DIFFERENTIABLE = Arguments._fields[:19]
 def inside(a: Arguments) -> Tensor:
     """(seqlen,) bool: the positions before the last boundary. On the device: reading it here would stop the host."""
     return torch.arange(a.xz.shape[2], device=a.xz.device) < a.cu_seqlens[-1]
-
-
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """The operands of the products are cast by hand: nothing inside may be cast again."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...checks import without_autocast
 from ...linear import linear
 from ..causal_conv1d import op as conv
 from ..rms_norm import op as norm
 from ..selective_scan import op as scan
-from .arguments import Arguments, inside, without_autocast
+from .arguments import Arguments, inside
 
 
 class Saved(NamedTuple):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from ...checks import without_autocast
 from ..causal_conv1d import reference as conv
 from ..rms_norm import reference as norm
 from ..selective_scan import reference as scan
-from .arguments import Arguments, inside, without_autocast
+from .arguments import Arguments, inside
 
 
 def mamba_inner(a: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from ...checks import autocast_dtype, check_first, check_float, check_floats, name_of, requires_grad, shape_error
+from ...checks import autocast_dtype, check_first, check_float, check_floats, name_of, requires_grad, shape_error, without_autocast
 from ...dispatch import Backend, count, cpu_reason, cuda_reason, reference_reason, select, triton_reason
 from ...errors import ArgumentError, DtypeError, ShapeError
 from ...library import OPS, define, differentiable, first_order_only, implement
@@ -292,16 +292,18 @@ def _implementations(backend: str) -> dict[str, Callable]:
         refuse_double(f"{MLP}_bwd", features[0])
         count(f"{MLP}_bwd", backend)
         wants = _wanted_by_layer(wanted, features, weights, biases, biased)
-        gradients = backward.mlp_projector_bwd(_kernels_of(backend), dy, features, weights, _full(biases, biased), *wants[:3])
+        with without_autocast(dy.device):  # backward() may be called inside it
+            gradients = backward.mlp_projector_bwd(_kernels_of(backend), dy, features, weights, _full(biases, biased), *wants[:3])
         return [t for t in gradients if t is not None]
 
     def ldp_bwd(dy, features, weights, biases, biased, peg_weight, peg_bias, grid, out_grid, wanted):
         refuse_double(f"{LDP}_bwd", features[0])
         count(f"{LDP}_bwd", backend)
         wants = _wanted_by_layer(wanted, features, weights, biases, biased)
-        gradients = backward.ldp_projector_bwd(
-            _kernels_of(backend), dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, *wants
-        )
+        with without_autocast(dy.device):
+            gradients = backward.ldp_projector_bwd(
+                _kernels_of(backend), dy, features, weights, _full(biases, biased), peg_weight, peg_bias, grid, out_grid, *wants
+            )
         return [t for t in gradients if t is not None]
 
     return {f"{MLP}_fwd": mlp_fwd, f"{MLP}_bwd": mlp_bwd, f"{LDP}_fwd": ldp_fwd, f"{LDP}_bwd": ldp_bwd}
