@@ -205,7 +205,7 @@ def update_graph_cache(
     dtype=None,
     n_warmups: int = 2,
 ) -> DecodingCGCache:
-    """A cache whose `run(input_ids, position_ids, seqlen)` decodes from `inference_params`: in a CUDA graph on a GPU, directly elsewhere."""
+    """A cache whose `run(input_ids, position_ids, seqlen)` decodes from `inference_params`: in a CUDA graph where there is a GPU."""
     cache = DecodingCGCache() if cache is None else cache
     weight = next(iter(model.parameters()))
     dtype = weight.dtype if dtype is None else dtype

@@ -134,9 +134,12 @@ def test_mamba_inner(given):
         return (torch.randn(*shape, generator=g) * scale).requires_grad_()
 
     made = 2 - sum(name in given for name in "BC")
-    tensors = [randn(2, 2 * dim, seqlen), randn(dim, 1, width), randn(dim), randn(rank + made * dstate, dim), randn(dim, rank), randn(d_model, dim),
-               randn(d_model), (-torch.rand(dim, dstate, generator=g) - 0.1).requires_grad_(), randn(2, 1, dstate, seqlen) if "B" in given else None,
-               randn(dim, dstate) if "C" in given else None, randn(dim), randn(dim), None if "B" in given else randn(dstate), None, True]  # fmt: skip
+    tensors = [
+        randn(2, 2 * dim, seqlen), randn(dim, 1, width), randn(dim), randn(rank + made * dstate, dim), randn(dim, rank), randn(d_model, dim),
+        randn(d_model), (-torch.rand(dim, dstate, generator=g) - 0.1).requires_grad_(),
+        randn(2, 1, dstate, seqlen) if "B" in given else None, randn(dim, dstate) if "C" in given else None, randn(dim), randn(dim),
+        None if "B" in given else randn(dstate), None, True,
+    ]  # fmt: skip
     norms = [randn(dstate, scale=1), randn(dstate, scale=1), randn(dim, scale=1)] if given == "norms" else [None] * 3
     out = mamba_inner_fn(*tensors, 1, *norms)
     leaves = [t for t in (*tensors, *norms) if isinstance(t, torch.Tensor)]
@@ -205,7 +208,8 @@ def test_state_update_of_a_pool(missing, state_dtype):
     pool, batch, heads, dim, dstate = 5, 3, 4, 6, 7
     state = randn(pool, heads, dim, dstate).to(state_dtype)
     arguments = {
-        "x": randn(batch, heads, dim), "dt": randn(batch, heads, 1).expand(batch, heads, dim), "A": -randn(heads, 1, 1).abs().expand(heads, dim, dstate),
+        "x": randn(batch, heads, dim), "dt": randn(batch, heads, 1).expand(batch, heads, dim),
+        "A": -randn(heads, 1, 1).abs().expand(heads, dim, dstate),
         "B": randn(batch, 2, dstate), "C": randn(batch, 2, dstate), "D": randn(heads, 1).expand(heads, dim), "z": randn(batch, heads, dim),
         "dt_bias": randn(heads, 1).expand(heads, dim),
     }  # fmt: skip

@@ -1,7 +1,7 @@
 """As test suites of mamba_ssm and causal_conv1d are written: their names, their references, their grids and their tolerances.
 
-Only the device is another: such a file runs here with `device = "cuda"` changed to "cpu". The grids are thinner. Our own limits, which are far below these
-tolerances, are in the other files of this folder.
+Only the device is another: such a file runs here with `device = "cuda"` changed to "cpu". The grids are thinner. Our own limits, which
+are far below these tolerances, are in the other files of this folder.
 """
 
 from __future__ import annotations
@@ -269,6 +269,6 @@ def test_generation():
         assert torch.allclose(scores[:, 0], out_ref[:, -1], rtol=1e-3, atol=1e-4)
         assert torch.allclose(scores, whole[:, 9:-1], rtol=1e-3, atol=1e-4)
         forced = model.generate(
-            input_ids=input_ids, max_length=19, teacher_outputs=out.sequences.flip(0), output_scores=True, return_dict_in_generate=True, cg=cg
+            input_ids=input_ids, max_length=19, teacher_outputs=out.sequences.flip(0), return_dict_in_generate=True, cg=cg
         )  # fmt: skip
         assert torch.equal(forced.sequences[:, 10:], out.sequences.flip(0)[:, 10:])
