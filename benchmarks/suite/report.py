@@ -252,7 +252,7 @@ def numbers_text(numbers: dict) -> str:
     )
 
 
-HEADS = ("model", "case", "median", "rate", "of limit", "limit", "bound by", "time / first", "bytes", "FLOPs", "joules", "from the shape")
+HEADS = ("model", "case", "median", "rate", "of limit", "limit", "bound by", "time a unit / first", "bytes", "FLOPs", "joules", "shape")
 
 
 def case_table(cases: Sequence[dict]) -> str:
@@ -316,7 +316,7 @@ READING = """
 <li>A limit is what the bytes, FLOPs or exponentials of a shape cost at the rates this machine reached in this run (below),
 whichever takes longest. It is each side's own, so "of limit" judges the code and the limits judge the architectures.</li>
 <li>At batch 1 and short context both architectures read the same weights per token: their limits are the same there.</li>
-<li>Models of a case take turns in shuffled order; median (p20–p80) of blocks. "time / first" is the median ratio within a round
+<li>Models of a case take turns in shuffled order; median (p20–p80) of blocks. "time a unit / first" is the median ratio within a round
 with its 99% interval. * marks outliers, drift or a busy machine: see the notes.</li>
 <li>"Not run" did not fit into memory, time or this machine; its limit is computed from its shape.</li>
 """

@@ -295,7 +295,7 @@ def summary(run: dict) -> None:
     e = run["environment"]
     print_table(
         f"{run['run']}: {run['identity']['device']}, {e['threads']} threads, torch {e['torch']}, source {run['identity']['source']}",
-        [("case", "<"), ("model", "<"), ("median", ">"), ("rate", ">"), ("of limit", ">"), ("time / first", ">"), ("", "<")], rows,
+        [("case", "<"), ("model", "<"), ("median", ">"), ("rate", ">"), ("of limit", ">"), ("time a unit / first", ">"), ("", "<")], rows,
     )  # fmt: skip
     marked = [case for case in run["cases"] if case["status"] in FAILED]
     for case in marked:

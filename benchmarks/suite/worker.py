@@ -64,12 +64,12 @@ def drifted(samples: Sequence[float]) -> bool:
 
 
 def timing_of(result: Result) -> Timing:
-    """As far as a comparison needs it."""
-    return Timing(result.entry, "", "", 0.0, 1, result.samples, result.rounds, 1, 0)
+    """As far as a comparison needs it: seconds a unit, since a call of one model may yield more than one of another."""
+    return Timing(result.entry, "", "", 0.0, 1, [s / result.units for s in result.samples], result.rounds, 1, 0)
 
 
 def ratios(results: Sequence[Result]) -> list[dict]:
-    """time(entry) / time(first entry measured), from the rounds that both ran in; entries of other rounds are left out."""
+    """Time a unit of an entry / of the first one measured, from the rounds that both ran in; entries of other rounds are left out."""
     ran = [r for r in results if r.record is not None]
     rows = []
     for r in ran[1:]:

@@ -320,6 +320,8 @@ def test_models_that_did_not_take_turns_have_no_ratio():
     assert [(r["entry"], r["ratio"], r["low"], r["verdict"]) for r in worker.ratios(found)] == [
         ("peer", 2.0, 2.0, "slower"), ("peer, as users run it", 3.0, 3.0, "slower"),
     ]  # fmt: skip
+    found[1].units = 4.0  # four sequences a step
+    assert worker.ratios(found)[0]["ratio"] == pytest.approx(0.5)
     found[1].group = 1
     assert [r["entry"] for r in worker.ratios(found)] == ["peer, as users run it"]
     few = [measured(point, i, [0.001 * (i + 1)] * 5) for i in range(2)]
