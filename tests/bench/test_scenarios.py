@@ -93,6 +93,7 @@ def test_unknown_names_are_refused():
 
 def test_cases_on_a_gpu(monkeypatch):
     """Without one: a Cobra has a setting more there, compiled entries exist, memory is the device's, graphs are where they belong."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: type("P", (), {"total_memory": 100 * 10**9}))
     built = {}
     monkeypatch.setattr(catalogue.POOL, "get", lambda name, device, dtype: built.setdefault(name, Recorder()))
