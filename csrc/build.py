@@ -280,10 +280,10 @@ def emulated_flags(target: str) -> list[str]:
     return ["-x", "c++", *CXX_FLAGS, "-O1", "-Wno-unknown-pragmas", f"-I{CSRC}", *HOST_FLAGS[target]]
 
 
-def emulated_objects(cxx: str, target: str) -> list[Path]:
-    """The .cu files of the host module's rooms, and the probe's, as C++."""
-    ninja = Ninja(f"{target}-emulated")
-    sources = [path for room in host_rooms() for path in sorted(CSRC.glob(f"{room}/*_cuda*.cu"))]
+def emulated_objects(cxx: str, target: str, rooms: list[str] | None = None) -> list[Path]:
+    """The .cu files of these rooms (default: all of the host module), and the probe's, as C++."""
+    ninja = Ninja("-".join([target, "emulated", *(rooms or [])]))
+    sources = [path for room in rooms or host_rooms() for path in sorted(CSRC.glob(f"{room}/*_cuda*.cu"))]
     objects = [ninja.compile(source, cxx, emulated_flags(target)) for source in [*sources, CSRC / "simt" / "probe.cu"]]
     ninja.run()
     return objects

@@ -95,13 +95,14 @@ def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
     """Python run in a checkout of causal-conv1d, or in a folder with kernels of that name."""
     (tmp_path / "causal_conv1d").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "causal_conv1d", raising=False)  # what an earlier test left is put back afterwards
     for imported in (False, True):  # a `try: import causal_conv1d` before install() leaves such a folder in sys.modules
         if imported:
             assert not hasattr(importlib.import_module("causal_conv1d"), "__version__")
         assert "cobra_kernels" in compat.install()["causal_conv1d"]
         assert importlib.import_module("causal_conv1d").__version__.endswith("+cobra")
         compat.uninstall()
-    sys.modules.pop("causal_conv1d")
+    del sys.modules["causal_conv1d"]
 
 
 def test_again_changes_nothing():

@@ -76,13 +76,17 @@ FAULTS = [
 ]  # fmt: skip
 
 
+TARGETS = ("host", "asan", "tsan")
+
+
 @pytest.fixture(scope="module")
 def objects(built_host):
-    """Objects of the plain module, and the emulated ones of each sanitizer: a faulty one replaces its original there."""
+    """Objects of a module with this one room, and the emulated ones of each sanitizer: a faulty one replaces its original there."""
     cxx = build.find_cxx()
     with ThreadPoolExecutor(2) as pool:
-        emulated = dict(zip(("host", "asan", "tsan"), pool.map(lambda target: build.emulated_objects(cxx, target), ("host", "asan", "tsan"))))
-    return cxx, build.host_glue_objects(cxx) + build.host_cpu_objects(cxx, "host"), emulated
+        emulated = dict(zip(TARGETS, pool.map(lambda target: build.emulated_objects(cxx, target, ["rms_norm"]), TARGETS)))
+    glue = [path for path in build.host_glue_objects(cxx) if path.name.startswith(("module", "probe", "rms_norm"))]
+    return cxx, glue + [path for path in build.host_cpu_objects(cxx, "host") if path.parent.name in ("common", "rms_norm")], emulated
 
 
 def faulty_module(objects, fault: Fault, folder: Path) -> Path:
