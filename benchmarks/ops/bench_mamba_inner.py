@@ -1,6 +1,7 @@
 """mamba_inner, a Mamba block after its first product, against a large matrix product. `python -m benchmarks.ops.bench_mamba_inner --help`.
 
-The peers are whole blocks of other libraries with our tensors in the place of their weights and nothing in the place of their first product."""
+The peers: plain torch, whose scan is a loop, and whole blocks of other libraries with our tensors in the place of their weights and nothing in
+the place of their first product."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
 from benchmarks.harness.bench import DTYPES, Case, Cost, backend_providers, run_bench
 from benchmarks.harness.timing import Provider
+from benchmarks.ops.bench_selective_scan import COMPILED_STEPS, by_steps, steps
 from benchmarks.shapes import LENGTHS, LM, LMShape
 from cobra_kernels import mamba_inner
 
@@ -78,6 +81,19 @@ def trained(forward: Callable) -> Callable:
     return call
 
 
+def in_torch(scan: Callable) -> Callable:
+    """The block as one would write it, over a scan with its inputs in our order."""
+
+    def call(xz, conv_weight, conv_bias, x_proj, dt_proj, out_proj, A, D, delta_bias):
+        x, z = xz.chunk(2, dim=1)
+        x = F.silu(F.conv1d(x, conv_weight, conv_bias, padding=conv_weight.shape[-1] - 1, groups=x.shape[1])[..., : x.shape[-1]])
+        dt, B, C = F.linear(x.transpose(1, 2), x_proj).split([dt_proj.shape[1], A.shape[1], A.shape[1]], dim=-1)
+        y, _ = scan(x, F.linear(dt, dt_proj).transpose(1, 2), A, B.transpose(1, 2), C.transpose(1, 2), D, z, delta_bias)
+        return F.linear(y.transpose(1, 2), out_proj)
+
+    return call
+
+
 def block(make: Callable[[], nn.Module]) -> Callable:
     """A foreign block as a function of our inputs; it is made by the first call."""
     made = functools.cache(make)
@@ -111,7 +127,7 @@ def mambapy_block(lm: LMShape) -> nn.Module:
 
 
 def peers(lm: LMShape, train: bool) -> list[Provider]:
-    """On a CPU. transformers takes ten seconds for the gradients: forward only."""
+    """On a CPU. transformers takes ten seconds for the gradients, and so would torch: forward only. Compiled is the loop over time alone."""
     found = []
     for package, make in (("transformers", transformers_block), ("mambapy", mambapy_block)):
         if importlib.util.find_spec(package) is None:
@@ -119,6 +135,9 @@ def peers(lm: LMShape, train: bool) -> list[Provider]:
         elif not (train and package == "transformers"):
             call = block(functools.partial(make, lm))
             found.append(Provider(package, trained(call) if train else call, slow_start=True))
+    if not train:
+        compiled = by_steps(torch.compile(steps, dynamic=False), COMPILED_STEPS)
+        found += [Provider("torch", in_torch(by_steps(steps)), slow_start=True), Provider("torch.compile", in_torch(compiled), slow_start=True)]
     return found
 
 
