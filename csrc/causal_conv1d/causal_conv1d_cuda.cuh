@@ -56,9 +56,10 @@ __device__ __forceinline__ bool counts(const Inputs& p, int64_t b, int64_t t, in
 }
 
 // The input `back` >= 1 steps before the start of a sequence: from its initial state, or 0.
-__device__ __forceinline__ float before_start(const Inputs& p, int64_t state, int64_t d, int64_t back) {
+template <class R = float>
+__device__ __forceinline__ R before_start(const Inputs& p, int64_t state, int64_t d, int64_t back) {
   const int64_t column = p.width - 1 - back;
-  return p.initial_states && column >= 0 ? load_value(p.initial_states, p.initial_states_dtype, at(p.initial_states_stride, state, d, column)) : 0.f;
+  return p.initial_states && column >= 0 ? load_value<R>(p.initial_states, p.initial_states_dtype, at(p.initial_states_stride, state, d, column)) : R(0);
 }
 
 // --- alignment --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@
 //                  and computes the width - 1 steps of g after them again;
 //   any            any strides, any width: a thread owns a channel and a chunk of time and reads every tap.
 // A thread sums dweight and dbias of its steps, a block those of its threads, into one row of `partial`; the last kernel adds the rows.
-// Which steps make a row, and the order, follow from sizes and layout: the same bits on every run.
+// Which steps make a row, and the order, follow from sizes and layout: the same bits on every run. R: the type of the arithmetic.
 #include "causal_conv1d/causal_conv1d_cuda.cuh"
 
 namespace cobra {
@@ -33,50 +33,57 @@ struct Launch {
   int64_t chunk;          // steps (channel_last, any) or granules (channel_first) of a chunk
 };
 
-__device__ __forceinline__ float silu_gradient(float p) {
-  const float s = reciprocal_fast(1.f + exp2_fast(-p * kLog2e));
-  return s * fmaf(p, 1.f - s, 1.f);
+template <class R>
+__device__ __forceinline__ R silu_gradient(R p) {
+  const R s = sigmoid(p);
+  return s * multiply_add(p, R(1) - s, R(1));
 }
 
 // --- one at a time ----------------------------------------------------------------------------------------------------
 
 // The input at step `tap` as step t of the same sequence sees it.
-__device__ __forceinline__ float input_at(const Params& p, int64_t b, int64_t d, int64_t t, int64_t tap, const Sequence& sequence) {
-  if (tap < sequence.start) return before_start(p, sequence.state, d, sequence.start - tap);
-  return counts(p, b, t, tap) ? load_value(p.x, p.x_dtype, at(p.x_stride, b, d, tap)) : 0.f;
+template <class R>
+__device__ __forceinline__ R input_at(const Params& p, int64_t b, int64_t d, int64_t t, int64_t tap, const Sequence& sequence) {
+  if (tap < sequence.start) return before_start<R>(p, sequence.state, d, sequence.start - tap);
+  return counts(p, b, t, tap) ? load_value<R>(p.x, p.x_dtype, at(p.x_stride, b, d, tap)) : R(0);
 }
 
-__device__ __forceinline__ float weight_at(const Params& p, int64_t d, int64_t w) {
-  return load_value(p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride);
+template <class R>
+__device__ __forceinline__ R weight_at(const Params& p, int64_t d, int64_t w) {
+  return load_value<R>(p.weight, p.weight_dtype, d * p.weight_dim_stride + w * p.weight_width_stride);
 }
 
 // g of a step of the sequence, whatever the case.
-__device__ __forceinline__ float gradient_at(const Params& p, int64_t b, int64_t d, int64_t t, const Sequence& sequence) {
-  const float dy = load_value(p.dy, p.x_dtype, at(p.dy_stride, b, d, t));
+template <class R>
+__device__ __forceinline__ R gradient_at(const Params& p, int64_t b, int64_t d, int64_t t, const Sequence& sequence) {
+  const R dy = load_value<R>(p.dy, p.x_dtype, at(p.dy_stride, b, d, t));
   if (!p.silu) return dy;
-  float sum = p.bias ? load_value(p.bias, p.bias_dtype, d * p.bias_stride) : 0.f;
+  R sum = p.bias ? load_value<R>(p.bias, p.bias_dtype, d * p.bias_stride) : R(0);
 #pragma unroll 1
-  for (int64_t w = 0; w < p.width; ++w) sum = fmaf(weight_at(p, d, w), input_at(p, b, d, t, t - (p.width - 1) + w, sequence), sum);
+  for (int64_t w = 0; w < p.width; ++w) sum = multiply_add(weight_at<R>(p, d, w), input_at<R>(p, b, d, t, t - (p.width - 1) + w, sequence), sum);
   return dy * silu_gradient(sum);
 }
 
 // What dfinal_states adds at step s of the sequence, before its start included.
-__device__ __forceinline__ float dfinal_at(const Params& p, int64_t d, int64_t s, const Sequence& sequence) {
+template <class R>
+__device__ __forceinline__ R dfinal_at(const Params& p, int64_t d, int64_t s, const Sequence& sequence) {
   const int64_t column = s - (sequence.end - (p.width - 1));
-  if (!p.dfinal_states || column < 0) return 0.f;
-  return load_value(p.dfinal_states, p.x_dtype, at(p.dfinal_states_stride, sequence.state, d, column));
+  if (!p.dfinal_states || column < 0) return R(0);
+  return load_value<R>(p.dfinal_states, p.x_dtype, at(p.dfinal_states_stride, sequence.state, d, column));
 }
 
 // dx of step s, or of one of the width - 1 steps before the start of the sequence.
-__device__ __forceinline__ float dx_at(const Params& p, int64_t b, int64_t d, int64_t s, const Sequence& sequence) {
-  float sum = dfinal_at(p, d, s, sequence);
+template <class R>
+__device__ __forceinline__ R dx_at(const Params& p, int64_t b, int64_t d, int64_t s, const Sequence& sequence) {
+  R sum = dfinal_at<R>(p, d, s, sequence);
 #pragma unroll 1
   for (int64_t t = greatest(s, sequence.start); t < least(s + p.width, sequence.end); ++t)
-    if (s < sequence.start || counts(p, b, s, t)) sum = fmaf(weight_at(p, d, p.width - 1 - (t - s)), gradient_at(p, b, d, t, sequence), sum);
+    if (s < sequence.start || counts(p, b, s, t)) sum = multiply_add(weight_at<R>(p, d, p.width - 1 - (t - s)), gradient_at<R>(p, b, d, t, sequence), sum);
   return sum;
 }
 
 // dinitial_states: dx of the width - 1 steps before every sequence.
+template <class R>
 __global__ void __launch_bounds__(kThreads) initial_states_kernel(const __grid_constant__ Launch l) {
   const Params& p = l.p;
   const int64_t past = p.width - 1, total = (p.cu_seqlens ? p.num_seqs : p.batch) * p.dim * past;
@@ -85,8 +92,8 @@ __global__ void __launch_bounds__(kThreads) initial_states_kernel(const __grid_c
     const auto [state, d] = divide(channel, p.dim);
     Sequence sequence = {state, 0, p.seqlen};
     if (p.cu_seqlens) sequence.end = boundary(p, state + 1), sequence.start = least(boundary(p, state), sequence.end);
-    const float v = dx_at(p, p.cu_seqlens ? 0 : state, d, sequence.start - past + column, sequence);
-    store_float(p.dinitial_states, p.initial_states_dtype, element, v);
+    const R v = dx_at<R>(p, p.cu_seqlens ? 0 : state, d, sequence.start - past + column, sequence);
+    store_real<R>(p.dinitial_states, p.initial_states_dtype, element, v);
   }
 }
 
@@ -97,11 +104,11 @@ template <class T, int kTaps>
 constexpr int kLastItems = kTaps == kMaxTaps ? 4 : 16 / int(sizeof(T));
 
 // Sums over threadIdx.y, in order, of the channels that a block's threads hold side by side, into one row of `partial`.
-template <int kItems, int kTaps>
-__device__ __forceinline__ void store_block_sums(const Launch& l, const float (&dweight)[kItems][kTaps], const float (&dbias)[kItems], int64_t row,
+template <class R, int kItems, int kTaps>
+__device__ __forceinline__ void store_block_sums(const Launch& l, const R (&dweight)[kItems][kTaps], const R (&dbias)[kItems], int64_t row,
                                                  int64_t column) {
   constexpr int kPitch = kThreads + kWarp / kItems;  // so that the items of a thread lie in different banks
-  COBRA_SHARED(float[(kTaps + 1) * kItems * kPitch], shared);
+  COBRA_SHARED(R[(kTaps + 1) * kItems * kPitch], shared);
   const Params& p = l.p;
   const int lanes = int(blockDim.x), thread = int(threadIdx.y) * lanes + int(threadIdx.x), channels = lanes * kItems;
 #pragma unroll
@@ -116,10 +123,10 @@ __device__ __forceinline__ void store_block_sums(const Launch& l, const float (&
     const int w = n / channels, c = n % channels;
     const int64_t d = column * channels + c;
     if (w < first || d >= p.dim) continue;
-    const float* const items = shared + (w * kItems + c % kItems) * kPitch + c / kItems;
-    float sum = 0.f;
+    const R* const items = shared + (w * kItems + c % kItems) * kPitch + c / kItems;
+    R sum = R(0);
     for (int group = 0; group < int(blockDim.y); ++group) sum += items[group * lanes];
-    static_cast<float*>(p.partial)[(row * (p.width + 1) + w - first) * p.dim + d] = sum;
+    static_cast<R*>(p.partial)[(row * (p.width + 1) + w - first) * p.dim + d] = sum;
   }
   __syncthreads();  // before the next unit overwrites `shared`
 }
@@ -128,17 +135,18 @@ __device__ __forceinline__ void store_block_sums(const Launch& l, const float (&
 template <class T, int kTaps>
 __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __grid_constant__ Launch l) {
   constexpr int kItems = kLastItems<T, kTaps>, kPast = kTaps - 1;
+  using R = Real<T>;
   using Row = Words<T, kItems>;
   const Params& p = l.p;
   for (int64_t unit = blockIdx.x; unit < l.units; unit += gridDim.x) {
     const auto [line, column] = divide(unit, l.columns);
     const int64_t d = (column * blockDim.x + threadIdx.x) * kItems, slot = line * blockDim.y + threadIdx.y;
     const bool active = d < p.dim && slot < l.slots;
-    float dweight[kItems][kTaps] = {}, dbias[kItems] = {};
+    R dweight[kItems][kTaps] = {}, dbias[kItems] = {};
 
     if (active) {
       const auto [b, chunk] = divide(slot, l.chunks);
-      const Filter<kItems, kTaps> filter(p, d);
+      const Filter<kItems, kTaps, R> filter(p, d);
       const int64_t chunk_end = least((chunk + 1) * l.chunk, p.seqlen);
       const T* const x_row = static_cast<const T*>(p.x) + at(p.x_stride, b, d, 0);
       const T* const dy_row = static_cast<const T*>(p.dy) + at(p.dy_stride, b, d, 0);
@@ -172,8 +180,8 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
         const T* x_next = x_row + begin * p.x_stride.seqlen;
         const T* dy_next = dy_row + begin * p.dy_stride.seqlen;
         T* dx_next = dx_row + begin * p.dx_stride.seqlen;
-        float x[kPast + kStepsAhead][kItems];  // of steps t - kPast .. t + kStepsAhead - 1
-        float g[kPast + kStepsAhead][kItems];
+        R x[kPast + kStepsAhead][kItems];  // of steps t - kPast .. t + kStepsAhead - 1
+        R g[kPast + kStepsAhead][kItems];
 #pragma unroll
         for (int r = 0; r < kPast; ++r) {
           const int64_t t = begin - kPast + r;
@@ -182,8 +190,8 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
           const bool before = t < sequence.start && p.initial_states;
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
-            x[r][i] = before ? before_start(p, sequence.state, d + i, sequence.start - t) : row.value(i);
-            g[r][i] = 0.f;
+            x[r][i] = before ? before_start<R>(p, sequence.state, d + i, sequence.start - t) : row.value(i);
+            g[r][i] = R(0);
           }
         }
         Row x_rows[kStepsAhead], dy_rows[kStepsAhead];  // under way
@@ -199,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
         for (int t = 0; t < steps + kPast; t += kStepsAhead) {
 #pragma unroll
           for (int s = 0; s < kStepsAhead; ++s) {
-            float dy[kItems];
+            R dy[kItems];
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
               x[kPast + s][i] = x_rows[s].value(i);
@@ -211,17 +219,17 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
             dy_next += p.dy_stride.seqlen;
 #pragma unroll
             for (int i = 0; i < kItems; ++i) {
-              float sum = filter.bias[i];
+              R sum = filter.bias[i];
 #pragma unroll
               for (int w = 0; w < kTaps; ++w)
-                if (filter.has(w)) sum = fmaf(filter.weight[i][w], x[s + w][i], sum);
+                if (filter.has(w)) sum = multiply_add(filter.weight[i][w], x[s + w][i], sum);
               g[kPast + s][i] = p.silu ? dy[i] * silu_gradient(sum) : dy[i];
             }
             if (t + s < steps) {  // later ones belong to the next walk's sums
 #pragma unroll
               for (int i = 0; i < kItems; ++i) {
 #pragma unroll
-                for (int w = 0; w < kTaps; ++w) dweight[i][w] = fmaf(g[kPast + s][i], x[s + w][i], dweight[i][w]);
+                for (int w = 0; w < kTaps; ++w) dweight[i][w] = multiply_add(g[kPast + s][i], x[s + w][i], dweight[i][w]);
                 dbias[i] += g[kPast + s][i];
               }
             }
@@ -230,10 +238,10 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
               Pack<T, kItems> out;
 #pragma unroll
               for (int i = 0; i < kItems; ++i) {
-                float sum = 0.f;
+                R sum = R(0);
 #pragma unroll
                 for (int r = 0; r < kTaps; ++r)
-                  if (filter.has(kPast - r)) sum = fmaf(filter.weight[i][kPast - r], g[s + r][i], sum);
+                  if (filter.has(kPast - r)) sum = multiply_add(filter.weight[i][kPast - r], g[s + r][i], sum);
                 out.v[i] = round_to<T>(sum);
               }
               if (at_step < steps) store_pack<T, kItems>(dx_next, out);
@@ -250,11 +258,11 @@ __global__ void __launch_bounds__(kThreads, 2) channel_last_bwd_kernel(const __g
 #pragma unroll 1
           for (int64_t s = greatest(begin, sequence.end - (p.width - 1)); s < end; ++s)
 #pragma unroll 1
-            for (int i = 0; i < kItems; ++i) dx_row[s * p.dx_stride.seqlen + i] = round_to<T>(dx_at(p, b, d + i, s, sequence));
+            for (int i = 0; i < kItems; ++i) dx_row[s * p.dx_stride.seqlen + i] = round_to<T>(dx_at<R>(p, b, d + i, s, sequence));
         }
       }
     }
-    store_block_sums<kItems, kTaps>(l, dweight, dbias, line, column);
+    store_block_sums<R, kItems, kTaps>(l, dweight, dbias, line, column);
   }
 }
 
@@ -272,7 +280,7 @@ __device__ __forceinline__ Granule<T> load_granule(const T* at, unsigned mask, b
 #pragma unroll
   for (int i = 0; i < kFirstItems; ++i)
     if (mask & wanted & (1u << i)) {
-      using Bits = std::conditional_t<sizeof(T) == 4, unsigned, unsigned short>;
+      using Bits = std::conditional_t<sizeof(T) == 2, unsigned short, Word<T>>;
       granule.set(i, reinterpret_cast<const Bits*>(at)[i]);
     }
   return granule;
@@ -289,6 +297,7 @@ __device__ __forceinline__ unsigned bits_between(int64_t begin, int64_t end, int
 template <class T, int kTaps>
 __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_first_bwd_kernel(const __grid_constant__ Launch l) {
   constexpr int kItems = kFirstItems, kPast = kTaps - 1;
+  using R = Real<T>;
   const Params& p = l.p;
   const int lanes = int(blockDim.x), lane = int(threadIdx.x);
   for (int64_t unit = blockIdx.x; unit < l.units; unit += gridDim.x) {
@@ -301,8 +310,8 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
     T* const dx_row = static_cast<T*>(p.dx) + at(p.dx_stride, b, d, 0);
     const int behind = behind_alignment(x_row);
     const bool dy_aligned = behind_alignment(dy_row) == behind, dx_aligned = behind_alignment(dx_row) == behind;
-    const Filter<1, kTaps> filter(p, d);
-    float dweight[kTaps] = {}, dbias = 0.f;
+    const Filter<1, kTaps, R> filter(p, d);
+    R dweight[kTaps] = {}, dbias = R(0);
     Sequence sequence;
 
     // No granule begins before -kItems: an inactive slot has none, not even the one that begins `behind` steps before its row.
@@ -329,7 +338,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
         }
         left &= ~mine;
 
-        float dx[kItems] = {};
+        R dx[kItems] = {};
         if (member) {
           const T* const at_x = x_row + q;
           const T* const at_dy = dy_row + q;
@@ -339,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
           const Granule<T> x_after = load_granule(at_x + kItems, member >> 2 * kItems, true, kOldest);
           const Granule<T> dy_own = load_granule(at_dy, mine, dy_aligned, 0xffu);
           const Granule<T> dy_after = load_granule(at_dy + kItems, member >> 2 * kItems, dy_aligned, kOldest);
-          float x[kItems + 2 * kPast];
+          R x[kItems + 2 * kPast];
 #pragma unroll
           for (int j = 0; j < kPast; ++j) {
             x[j] = x_before.value(kItems - kPast + j);
@@ -352,33 +361,33 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
             for (int j = 0; j < kItems + 2 * kPast; ++j) {
               const int64_t back = sequence.start - (q - kPast + j);
               if (back <= 0) break;
-              const float v = before_start(p, sequence.state, d, back);
+              const R v = before_start<R>(p, sequence.state, d, back);
 #pragma unroll
               for (int i = 0; i < kItems + 2 * kPast; ++i) x[i] = i == j ? v : x[i];
             }
           }
 
-          float g[kItems + kPast];  // 0 where dy is: outside the sequence
+          R g[kItems + kPast];  // 0 where dy is: outside the sequence
 #pragma unroll
           for (int i = 0; i < kItems + kPast; ++i) {
-            const float dy = i < kItems ? dy_own.value(i) : dy_after.value(i - kItems);
-            float sum = filter.bias[0];
+            const R dy = i < kItems ? dy_own.value(i) : dy_after.value(i - kItems);
+            R sum = filter.bias[0];
 #pragma unroll
             for (int w = 0; w < kTaps; ++w)
-              if (filter.has(w)) sum = fmaf(filter.weight[0][w], x[i + w], sum);
+              if (filter.has(w)) sum = multiply_add(filter.weight[0][w], x[i + w], sum);
             g[i] = p.silu ? dy * silu_gradient(sum) : dy;
           }
 #pragma unroll
           for (int i = 0; i < kItems; ++i) {
 #pragma unroll
-            for (int w = 0; w < kTaps; ++w) dweight[w] = fmaf(g[i], x[i + w], dweight[w]);
+            for (int w = 0; w < kTaps; ++w) dweight[w] = multiply_add(g[i], x[i + w], dweight[w]);
             dbias += g[i];
           }
           if (p.dfinal_states && q + kItems > sequence.end - (p.width - 1)) {
 #pragma unroll 1
             for (int j = 0; j < kItems; ++j) {
               if (!(mine & (1u << j))) continue;
-              const float v = dfinal_at(p, d, q + j, sequence);
+              const R v = dfinal_at<R>(p, d, q + j, sequence);
 #pragma unroll
               for (int i = 0; i < kItems; ++i) dx[i] = i == j ? v : dx[i];
             }
@@ -387,7 +396,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
           for (int i = 0; i < kItems; ++i)
 #pragma unroll
             for (int r = 0; r < kTaps; ++r)
-              if (filter.has(kPast - r)) dx[i] = fmaf(filter.weight[0][kPast - r], g[i + r], dx[i]);
+              if (filter.has(kPast - r)) dx[i] = multiply_add(filter.weight[0][kPast - r], g[i + r], dx[i]);
         }
         if (mine == 0xffu && dx_aligned) {
           Pack<T, kItems> out;
@@ -402,11 +411,11 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
       }
     }
 
-    float* const partial = static_cast<float*>(p.partial) + (b * l.chunks + chunk) * (p.width + 1) * p.dim + d;
+    R* const partial = static_cast<R*>(p.partial) + (b * l.chunks + chunk) * (p.width + 1) * p.dim + d;
     const int oldest = kTaps - int(p.width);
 #pragma unroll
     for (int w = 0; w <= kTaps; ++w) {
-      float sum = w < kTaps ? dweight[w] : dbias;
+      R sum = w < kTaps ? dweight[w] : dbias;
       for (int flip = lanes / 2; flip > 0; flip /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, flip);
       if (lane == 0 && active && w >= oldest) partial[(w - oldest) * p.dim] = sum;
     }
@@ -416,6 +425,7 @@ __global__ void __launch_bounds__(kThreads, kTaps == kMaxTaps ? 3 : 4) channel_f
 // --- any --------------------------------------------------------------------------------------------------------------
 
 // A thread owns a channel and a chunk of time, and so a column of a row of `partial`, where it adds up.
+template <class R>
 __global__ void __launch_bounds__(kThreads, 4) any_bwd_kernel(const __grid_constant__ Launch l) {
   const Params& p = l.p;
   for (int64_t unit = blockIdx.x; unit < l.units; unit += gridDim.x) {
@@ -423,20 +433,20 @@ __global__ void __launch_bounds__(kThreads, 4) any_bwd_kernel(const __grid_const
     const int64_t d = column * kThreads + threadIdx.x;
     if (d >= p.dim) continue;
     const auto [b, chunk] = divide(slot, l.chunks);
-    float* const partial = static_cast<float*>(p.partial) + slot * (p.width + 1) * p.dim + d;
+    R* const partial = static_cast<R*>(p.partial) + slot * (p.width + 1) * p.dim + d;
 #pragma unroll 1
-    for (int64_t w = 0; w <= p.width; ++w) partial[w * p.dim] = 0.f;
+    for (int64_t w = 0; w <= p.width; ++w) partial[w * p.dim] = R(0);
     Sequence sequence;
 #pragma unroll 1
     for (int64_t t = chunk * l.chunk; t < least((chunk + 1) * l.chunk, p.seqlen); ++t) {
       find_sequence(p, b, t, sequence);
       const bool padding = is_padding(p, b, t, sequence);
-      store_float(p.dx, p.x_dtype, at(p.dx_stride, b, d, t), padding ? 0.f : dx_at(p, b, d, t, sequence));
+      store_real<R>(p.dx, p.x_dtype, at(p.dx_stride, b, d, t), padding ? R(0) : dx_at<R>(p, b, d, t, sequence));
       if (padding) continue;
-      const float g = gradient_at(p, b, d, t, sequence);
+      const R g = gradient_at<R>(p, b, d, t, sequence);
 #pragma unroll 1
       for (int64_t w = 0; w < p.width; ++w)
-        partial[w * p.dim] = fmaf(g, input_at(p, b, d, t, t - (p.width - 1) + w, sequence), partial[w * p.dim]);
+        partial[w * p.dim] = multiply_add(g, input_at<R>(p, b, d, t, t - (p.width - 1) + w, sequence), partial[w * p.dim]);
       partial[p.width * p.dim] += g;
     }
   }
@@ -445,27 +455,28 @@ __global__ void __launch_bounds__(kThreads, 4) any_bwd_kernel(const __grid_const
 // --- the sum of the partial sums --------------------------------------------------------------------------------------
 
 // A block owns kColumns channels of one tap (blockIdx.y; the last is dbias): kSegments threads each add a run of rows.
+template <class R>
 __global__ void __launch_bounds__(kColumns* kSegments) reduce_kernel(const __grid_constant__ Launch l) {
-  COBRA_SHARED(float[kSegments][kColumns], sums);
+  COBRA_SHARED(R[kSegments][kColumns], sums);
   const Params& p = l.p;
   const int64_t each = (p.partials + kSegments - 1) / kSegments, begin = threadIdx.y * each, end = least(begin + each, p.partials);
   for (int64_t w = blockIdx.y; w < p.width + (p.dbias ? 1 : 0); w += gridDim.y)
     for (int64_t first = int64_t(blockIdx.x) * kColumns; first < p.dim; first += int64_t(gridDim.x) * kColumns) {
       const int64_t d = first + threadIdx.x;
-      float sum = 0.f;
+      R sum = R(0);
       if (d < p.dim) {
 #pragma unroll 8
-        for (int64_t row = begin; row < end; ++row) sum += static_cast<const float*>(p.partial)[(row * (p.width + 1) + w) * p.dim + d];
+        for (int64_t row = begin; row < end; ++row) sum += static_cast<const R*>(p.partial)[(row * (p.width + 1) + w) * p.dim + d];
       }
       sums[threadIdx.y][threadIdx.x] = sum;
       __syncthreads();
       if (threadIdx.y == 0 && d < p.dim) {
-        float total = 0.f;
+        R total = R(0);
         for (int segment = 0; segment < kSegments; ++segment) total += sums[segment][threadIdx.x];
         if (w < p.width)
-          store_float(p.dweight, p.weight_dtype, d * p.width + w, total);
+          store_real<R>(p.dweight, p.weight_dtype, d * p.width + w, total);
         else
-          store_float(p.dbias, p.bias_dtype, d, total);
+          store_real<R>(p.dbias, p.bias_dtype, d, total);
       }
       __syncthreads();  // before the next round overwrites `sums`
     }
@@ -526,6 +537,7 @@ void plan_channel_first(Plan& plan) {
   plan.kernel = &channel_first_bwd_kernel<T, kTaps>;
 }
 
+template <class R>
 void plan_any(Plan& plan) {
   Launch& l = plan.l;
   const Params& p = l.p;
@@ -535,7 +547,7 @@ void plan_any(Plan& plan) {
   l.slots = plan.partials = p.batch * l.chunks;
   l.columns = ceil_div(p.dim, kThreads);
   l.units = l.columns * l.slots;
-  plan.kernel = &any_bwd_kernel;
+  plan.kernel = &any_bwd_kernel<R>;
 }
 
 template <class T, int kTaps>
@@ -546,40 +558,48 @@ int plan_for_width(Plan& plan) {
   else if (p.x_stride.seqlen == 1 && p.dy_stride.seqlen == 1 && p.dx_stride.seqlen == 1)
     plan_channel_first<T, kTaps>(plan);
   else
-    plan_any(plan);
+    plan_any<Real<T>>(plan);
   return 0;
 }
 
+template <class R>
 Plan make_plan(const Params& p) {
   Plan plan{};
   plan.l.p = p;
   if (p.batch * p.dim * p.seqlen == 0) return plan;
   if (p.width > kMaxTaps)
-    plan_any(plan);
+    plan_any<R>(plan);
   else
-    pick_by_float_type(p.x_dtype, [&](auto t) {
+    pick_by_type<R>(p.x_dtype, [&](auto t) {
       using T = decltype(t);
       return filter_is_packed(p) ? plan_for_width<T, kMambaTaps>(plan) : plan_for_width<T, kMaxTaps>(plan);
     });
   return plan;
 }
 
-}  // namespace
-
-int64_t causal_conv1d_bwd_partials_cuda(const CausalConv1dBwdParams& p) { return make_plan(p).partials; }
-
-int causal_conv1d_bwd_cuda(const CausalConv1dBwdParams& p, void* stream) {
-  const Plan plan = make_plan(p);
+template <class R>
+int backward(const Params& p, void* stream) {
+  const Plan plan = make_plan<R>(p);
   const auto blocks = [](int64_t units) { return unsigned(least(units, max_grid_x())); };
   if (plan.l.units > 0)
     if (const int error = launch(plan.kernel, dim3(blocks(plan.l.units)), plan.block, 0, stream, plan.l)) return error;
   const int64_t states = (p.cu_seqlens ? p.num_seqs : p.batch) * p.dim * (p.width - 1);
   if (p.dinitial_states && states > 0)
-    if (const int error = launch(&initial_states_kernel, dim3(blocks(ceil_div(states, kThreads * kStateItems))), dim3(kThreads), 0, stream, plan.l))
+    if (const int error = launch(&initial_states_kernel<R>, dim3(blocks(ceil_div(states, kThreads * kStateItems))), dim3(kThreads), 0, stream, plan.l))
       return error;
   if (p.dim == 0) return 0;
   const int64_t rows = p.width + (p.dbias ? 1 : 0);
-  return launch(&reduce_kernel, dim3(blocks(ceil_div(p.dim, kColumns)), unsigned(least(rows, 65535))), dim3(kColumns, kSegments), 0, stream, plan.l);
+  return launch(&reduce_kernel<R>, dim3(blocks(ceil_div(p.dim, kColumns)), unsigned(least(rows, 65535))), dim3(kColumns, kSegments), 0, stream, plan.l);
+}
+
+}  // namespace
+
+int64_t causal_conv1d_bwd_partials_cuda(const CausalConv1dBwdParams& p) {
+  return pick_arithmetic(p.x_dtype, [&](auto r) { return make_plan<decltype(r)>(p).partials; });
+}
+
+int causal_conv1d_bwd_cuda(const CausalConv1dBwdParams& p, void* stream) {
+  return pick_arithmetic(p.x_dtype, [&](auto r) { return backward<decltype(r)>(p, stream); });
 }
 
 }  // namespace cobra

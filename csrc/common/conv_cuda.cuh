@@ -17,8 +17,9 @@ COBRA_HOST_DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 COBRA_HOST_DEVICE int64_t greatest(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // load_float without a branch: these loads are rare, or wait for nothing.
-__device__ __forceinline__ float load_value(const void* base, DType dtype, int64_t offset) {
-  return float_of(load_bits(base, dtype, offset), dtype);
+template <class R = float>
+__device__ __forceinline__ R load_value(const void* base, DType dtype, int64_t offset) {
+  return real_of<R>(load_bits<R>(base, dtype, offset), dtype);
 }
 
 // n / d and n % d, n >= 0, d > 0. The compiler's own 64-bit division is a subroutine, and registers are spilled around calls.
@@ -38,18 +39,18 @@ __device__ __forceinline__ Divided divide(int64_t n, int64_t d) {
   return result;
 }
 
-// kCount neighbours as the 32-bit words that they were loaded as. Split into elements at once, each load would wait for the one before.
+// kCount neighbours as the words that they were loaded as. Split into elements at once, each load would wait for the one before.
 template <class T, int kCount>
 struct Words {
-  static constexpr int kPerWord = 4 / int(sizeof(T));
-  unsigned words[kCount / kPerWord];
+  static constexpr int kPerWord = int(sizeof(Word<T>) / sizeof(T));
+  Word<T> words[kCount / kPerWord];
 
-  __device__ __forceinline__ float value(int i) const { return value_of_word<T>(words[i / kPerWord], i % kPerWord * int(sizeof(T))); }
-  __device__ __forceinline__ unsigned bits(int i) const {
+  __device__ __forceinline__ Real<T> value(int i) const { return value_of_word<T>(words[i / kPerWord], i % kPerWord * int(sizeof(T))); }
+  __device__ __forceinline__ Word<T> bits(int i) const {
     return kPerWord == 1 ? words[i] : words[i / kPerWord] >> i % kPerWord * 16 & 0xffffu;
   }
   // Of words that are 0 before.
-  __device__ __forceinline__ void set(int i, unsigned bits) { words[i / kPerWord] |= bits << i % kPerWord * 16; }
+  __device__ __forceinline__ void set(int i, Word<T> bits) { words[i / kPerWord] |= bits << i % kPerWord * 16; }
 };
 template <class T, int kCount>
 __device__ __forceinline__ Words<T, kCount> load_words(const T* p) {
@@ -82,21 +83,21 @@ inline bool filter_is_packed(const Params& p) {
 }
 
 // The taps of kItems neighbouring channels from channel d on, a multiple of kItems; newest last. Of kMaxTaps the oldest `first` are missing.
-template <int kItems, int kTaps>
+template <int kItems, int kTaps, class R = float>
 struct Filter {
-  float weight[kItems][kTaps], bias[kItems];
+  R weight[kItems][kTaps], bias[kItems];
   int first;
 
   template <class Params>
   __device__ __forceinline__ Filter(const Params& p, int64_t d) : first(kTaps - int(p.width)) {
-    unsigned bits[kItems] = {};
+    Word<R> bits[kItems] = {};
     if (p.bias) {
 #pragma unroll
-      for (int i = 0; i < kItems; ++i) bits[i] = load_bits(p.bias, p.bias_dtype, (d + i) * p.bias_stride);
+      for (int i = 0; i < kItems; ++i) bits[i] = load_bits<R>(p.bias, p.bias_dtype, (d + i) * p.bias_stride);
     }
-    with_float_type(p.weight_dtype, [&](auto t) { load_weight(p, static_cast<const decltype(t)*>(p.weight) + d * p.weight_dim_stride); });
+    with_type<R>(p.weight_dtype, [&](auto t) { load_weight(p, static_cast<const decltype(t)*>(p.weight) + d * p.weight_dim_stride); });
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) bias[i] = float_of(bits[i], p.bias_dtype);
+    for (int i = 0; i < kItems; ++i) bias[i] = real_of<R>(bits[i], p.bias_dtype);
   }
 
   __device__ __forceinline__ bool has(int tap) const { return kTaps == kMambaTaps || tap >= first; }
@@ -107,13 +108,13 @@ struct Filter {
     if constexpr (kTaps == kMambaTaps) {
       const auto taps = load_pack<S, kItems * kTaps>(channel);
 #pragma unroll
-      for (int i = 0; i < kItems * kTaps; ++i) weight[i / kTaps][i % kTaps] = to_float(taps.v[i]);
+      for (int i = 0; i < kItems * kTaps; ++i) weight[i / kTaps][i % kTaps] = to_real(taps.v[i]);
     } else {
 #pragma unroll
       for (int i = 0; i < kItems; ++i)
 #pragma unroll
         for (int w = 0; w < kTaps; ++w)
-          weight[i][w] = has(w) ? to_float(channel[i * p.weight_dim_stride + (w - first) * p.weight_width_stride]) : 0.f;
+          weight[i][w] = has(w) ? to_real(channel[i * p.weight_dim_stride + (w - first) * p.weight_width_stride]) : R(0);
     }
   }
 };

@@ -4,7 +4,9 @@
 
 namespace cobra {
 
-constexpr float kLog2e = 1.44269504f;
+template <class T> constexpr T kLog2 = T(1.4426950408889634074);  // of e
+template <class T> constexpr T kLn2 = T(0.69314718055994530942);
+constexpr float kLog2e = kLog2<float>;
 
 // 2^x to 2^-22, one instruction. 0 where the result would be subnormal; 2^0 is exactly 1; NaN stays.
 __device__ __forceinline__ float exp2_fast(float x) {
@@ -27,6 +29,21 @@ __device__ __forceinline__ float reciprocal_fast(float x) {
   return 1.f / x;
 #endif
 }
+
+// The same for kernels that are written for a type of arithmetic (Real, cuda_dtype.cuh): exact functions in double.
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ float power_of_two(float x) { return exp2_fast(x); }
+__device__ __forceinline__ float inverse(float x) { return reciprocal_fast(x); }
+__device__ __forceinline__ float inverse_root(float x) { return rsqrtf(x); }
+#if !defined(__CUDACC__)
+inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
+inline double power_of_two(double x) { return std::exp2(x); }
+inline double inverse(double x) { return 1 / x; }
+inline double inverse_root(double x) { return 1 / std::sqrt(x); }
+inline double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
+#endif
+template <class T>
+__device__ __forceinline__ T sigmoid(T x) { return inverse(T(1) + power_of_two(-x * kLog2<T>)); }
 
 __device__ __forceinline__ float silu(float x) { return x * reciprocal_fast(1.f + exp2_fast(-x * kLog2e)); }
 

@@ -81,7 +81,7 @@ struct PhiTail {
 };
 constexpr PhiTail kPhiTail{{0.035932042f, -0.15827717f, 0.20820843f, -0.055395365f, 0.12946992f, 0.0996373f, 0.12079839f, 0.11962639f}};
 
-constexpr float kInverseRootTwoPi = 0.398942280f;
+template <class T> constexpr T kInverseRootTwoPi = T(0.39894228040143267794);
 
 // --- backward ---------------------------------------------------------------------------------------------------------
 // Sums over rows have two stages: a block of rows adds its own in order into a line of `partial`, then the lines are added in order.

@@ -20,10 +20,17 @@ __device__ __forceinline__ Normal normal(float x) {
   return {x < 0.f ? tail : 1.f - tail, bell};
 }
 __device__ __forceinline__ float gelu(float x) { return x * normal(x).phi; }
+#if !defined(__CUDACC__)
+struct NormalInDouble {
+  double phi, bell;
+};
+inline NormalInDouble normal(double x) { return {0.5 * std::erfc(-x * std::sqrt(0.5)), std::exp(-0.5 * x * x)}; }
+#endif
 // d gelu / dx = Phi(x) + x Phi'(x), Phi'(x) = e^(-x^2 / 2) / sqrt(2 pi).
-__device__ __forceinline__ float gelu_slope(float x) {
-  const Normal n = normal(x);
-  return fmaf(x * n.bell, kInverseRootTwoPi, n.phi);
+template <class R>
+__device__ __forceinline__ R gelu_slope(R x) {
+  const auto n = normal(x);
+  return multiply_add(x * n.bell, kInverseRootTwoPi<R>, n.phi);
 }
 
 // `v` as it would come back from memory of that dtype.
@@ -33,22 +40,22 @@ __device__ __forceinline__ float rounded(float v, DType dtype) {
 }
 
 // kWidth neighbours of a contiguous tensor in its own dtype; kWidth 1 reads any address, else the base is 16-byte aligned.
-template <int kWidth>
-__device__ __forceinline__ void load_floats(float (&v)[kWidth], const void* base, DType dtype, int64_t offset) {
-  with_float_type(dtype, [&](auto t) {
+template <int kWidth, class R>
+__device__ __forceinline__ void load_reals(R (&v)[kWidth], const void* base, DType dtype, int64_t offset) {
+  with_type<R>(dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (kWidth == 1) {
-      v[0] = to_float(static_cast<const T*>(base)[offset]);
+      v[0] = to_real(static_cast<const T*>(base)[offset]);
     } else {
       const Pack<T, kWidth> pack = load_pack<T, kWidth>(static_cast<const T*>(base) + offset);
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) v[i] = to_float(pack.v[i]);
+      for (int i = 0; i < kWidth; ++i) v[i] = to_real(pack.v[i]);
     }
   });
 }
-template <int kWidth>
-__device__ __forceinline__ void store_floats(void* base, DType dtype, int64_t offset, const float (&v)[kWidth]) {
-  with_float_type(dtype, [&](auto t) {
+template <int kWidth, class R>
+__device__ __forceinline__ void store_reals(void* base, DType dtype, int64_t offset, const R (&v)[kWidth]) {
+  with_type<R>(dtype, [&](auto t) {
     using T = decltype(t);
     if constexpr (kWidth == 1) {
       static_cast<T*>(base)[offset] = round_to<T>(v[0]);
@@ -62,10 +69,10 @@ __device__ __forceinline__ void store_floats(void* base, DType dtype, int64_t of
 }
 
 // bias[column ..], 0 without a bias or beyond `cols`.
-template <int kWidth>
-__device__ __forceinline__ void load_bias(float (&v)[kWidth], const void* bias, DType dtype, int64_t stride, int64_t column, int64_t cols) {
+template <int kWidth, class R>
+__device__ __forceinline__ void load_bias(R (&v)[kWidth], const void* bias, DType dtype, int64_t stride, int64_t column, int64_t cols) {
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) v[i] = bias && column + i < cols ? load_float(bias, dtype, (column + i) * stride) : 0.f;
+  for (int i = 0; i < kWidth; ++i) v[i] = bias && column + i < cols ? load_real<R>(bias, dtype, (column + i) * stride) : R(0);
 }
 
 inline bool is_aligned(const void* base) { return reinterpret_cast<uintptr_t>(base) % 16 == 0; }

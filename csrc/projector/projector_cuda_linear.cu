@@ -136,7 +136,7 @@ __device__ __forceinline__ void finish(const LinearParams& p, int64_t row, int64
     if (p.gelu) v[i] = gelu(v[i]);
   const int64_t offset = row * p.cols + col;
   if (p.cols % 4 == 0) {
-    store_floats(p.y, p.y_dtype, offset, v);
+    store_reals(p.y, p.y_dtype, offset, v);
   } else {
     for (int i = 0; i < 4 && col + i < p.cols; ++i) store_float(p.y, p.y_dtype, offset + i, v[i]);
   }

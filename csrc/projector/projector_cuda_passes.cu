@@ -25,10 +25,10 @@ __global__ void __launch_bounds__(kThreads) projector_bias_gelu_kernel(const __g
     load_bias(bias, p.bias, p.bias_dtype, p.bias_stride, col, p.cols);
     for (int64_t row = at.rest * kRowsPerBlock; row < p.rows && row < (at.rest + 1) * kRowsPerBlock; ++row) {
       float v[kWidth];
-      load_floats(v, p.h, p.h_dtype, row * p.cols + col);
+      load_reals(v, p.h, p.h_dtype, row * p.cols + col);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) v[i] = rounded(gelu(v[i] + bias[i]), p.round_dtype);
-      store_floats(p.y, p.y_dtype, row * p.cols + col, v);
+      store_reals(p.y, p.y_dtype, row * p.cols + col, v);
     }
   }
 }
@@ -49,14 +49,14 @@ __global__ void __launch_bounds__(kThreads) projector_gelu_pool_kernel(const __g
     for (int64_t y = y0; y < y1; ++y)
       for (int64_t x = x0; x < x1; ++x) {
         float v[kWidth];
-        load_floats(v, p.hidden, p.dtype, ((batch * p.height + y) * p.width + x) * p.channels + channel);
+        load_reals(v, p.hidden, p.dtype, ((batch * p.height + y) * p.width + x) * p.channels + channel);
 #pragma unroll
         for (int c = 0; c < kWidth; ++c) sum[c] += p.gelu ? gelu(v[c] + bias[c]) : v[c];
       }
     const float share = 1.f / float((y1 - y0) * (x1 - x0));
 #pragma unroll
     for (int c = 0; c < kWidth; ++c) sum[c] = rounded(sum[c] * share, p.round_dtype);
-    store_floats(p.pooled, p.pooled_dtype, at.rest * p.channels + channel, sum);
+    store_reals(p.pooled, p.pooled_dtype, at.rest * p.channels + channel, sum);
   }
 }
 
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(kPegThreads) projector_peg_kernel(const __grid
       for (int i = 0; i < 3; ++i) {
         const int64_t y = row + i - 1;
         if (x < p.width && y >= 0 && y < p.height) {
-          load_floats(column[i], p.p, p.p_dtype, token(y, x));
+          load_reals(column[i], p.p, p.p_dtype, token(y, x));
         } else {
 #pragma unroll
           for (int c = 0; c < kWidth; ++c) column[i][c] = 0.f;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kPegThreads) projector_peg_kernel(const __grid
 #pragma unroll
         for (int i = 0; i < 3; ++i) near[0][i][c] = near[1][i][c], near[1][i][c] = near[2][i][c];
       }
-      store_floats(p.y, p.y_dtype, token(row, x), v);
+      store_reals(p.y, p.y_dtype, token(row, x), v);
     }
   }
 }

@@ -5,15 +5,17 @@
 //            kItems channels per thread stay in registers, memory is read once;
 //   strided  anything else, any dim: channels threadIdx.x, threadIdx.x + blockDim.x, ... are read again for each pass.
 // The choice depends on dim and layout only, never on the number of rows: a row's bits do not depend on its batch.
+// R: the type of the arithmetic (common/cuda_dtype.cuh).
 #pragma once
 #include "common/cuda_dtype.cuh"
+#include "common/cuda_math.cuh"
 #include "common/reduce.cuh"
 #include "rms_norm/rms_norm.h"
 
 namespace cobra {
 
 constexpr int kMaxRowThreads = 640;
-using RowSum = GroupSum<kMaxRowThreads / kWarp>;
+template <class R> using RowSum = GroupSum<R, kMaxRowThreads / kWarp>;
 
 // --- vector -----------------------------------------------------------------------------------------------------------
 
@@ -26,36 +28,40 @@ __device__ __forceinline__ int pack_channel(int pack) {
 // The thread's channels of a row as they lie in memory, 0 beyond its `dim` channels. A kernel first loads what it needs of every
 // tensor, so that all of it is under way at once, and takes the values afterwards: converting where one loads makes the
 // loads of the next tensor wait for those of the first.
-template <int kWidth, int kItems>
+template <int kWidth, int kItems, class R = float>
 struct RawItems {
-  unsigned words[kItems];  // of 16-bit elements the first half
+  Word<R> words[kItems];  // of 16-bit elements the first half
 
   // `row` points at channel 0.
   template <class S>
   __device__ __forceinline__ void load(const S* row, int dim) {
-    constexpr int kWords = kWidth * int(sizeof(S)) / 4;  // of a pack
+    constexpr int kWords = kWidth * int(sizeof(S)) / int(sizeof(Word<R>));  // of a pack
 #pragma unroll
     for (int k = 0; k < kItems / kWidth; ++k) {
       const int channel = pack_channel<kWidth>(k);
-      Pack<unsigned, kWords> pack{};
-      if (channel < dim) pack = load_pack<unsigned, kWords>(reinterpret_cast<const unsigned*>(row + channel));
+      Pack<Word<R>, kWords> pack{};
+      if (channel < dim) pack = load_pack<Word<R>, kWords>(reinterpret_cast<const Word<R>*>(row + channel));
 #pragma unroll
       for (int i = 0; i < kWords; ++i) words[k * kWords + i] = pack.v[i];
     }
   }
   __device__ __forceinline__ void load(const void* base, DType dtype, int64_t offset, int dim) {
-    if (dtype == DType::kFloat32) return load(static_cast<const float*>(base) + offset, dim);
-    load(static_cast<const __half*>(base) + offset, dim);  // or bf16: bits are bits
+    if constexpr (sizeof(R) == 8)
+      load(static_cast<const R*>(base) + offset, dim);
+    else if (dtype == DType::kFloat32)
+      load(static_cast<const float*>(base) + offset, dim);
+    else
+      load(static_cast<const __half*>(base) + offset, dim);  // or bf16: bits are bits
   }
 
   template <class S>
-  __device__ __forceinline__ float value(int i) const {
-    return value_of_word<S>(words[i * int(sizeof(S)) / 4], i * int(sizeof(S)) % 4);
+  __device__ __forceinline__ R value(int i) const {
+    return value_of_word<S>(words[i * int(sizeof(S)) / int(sizeof(Word<R>))], i * int(sizeof(S)) % int(sizeof(Word<R>)));
   }
   // f(i, value) for every item.
   template <class F>
   __device__ __forceinline__ void for_values(DType dtype, F&& f) const {
-    with_float_type(dtype, [&](auto t) {
+    with_type<R>(dtype, [&](auto t) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) f(i, value<decltype(t)>(i));
     });
@@ -63,29 +69,29 @@ struct RawItems {
 };
 
 // s = x + residual. One loop: x need not lie unpacked in registers beside the residual.
-template <class T, int kWidth, int kItems>
-__device__ __forceinline__ void add_residual(float (&s)[kItems], const RawItems<kWidth, kItems>& x, const RawItems<kWidth, kItems>& residual,
+template <class T, class R, int kWidth, int kItems>
+__device__ __forceinline__ void add_residual(R (&s)[kItems], const RawItems<kWidth, kItems, R>& x, const RawItems<kWidth, kItems, R>& residual,
                                              bool has_residual, DType dtype) {
-  if (has_residual) return residual.for_values(dtype, [&](int i, float v) { s[i] = x.template value<T>(i) + v; });
+  if (has_residual) return residual.for_values(dtype, [&](int i, R v) { s[i] = x.template value<T>(i) + v; });
 #pragma unroll
   for (int i = 0; i < kItems; ++i) s[i] = x.template value<T>(i);
 }
 
-template <int kWidth, int kItems, class S>
-__device__ __forceinline__ void store_items(const float (&v)[kItems], S* row, int dim) {
-  constexpr int kWords = kWidth * int(sizeof(S)) / 4;
+template <int kWidth, class R, int kItems, class S>
+__device__ __forceinline__ void store_items(const R (&v)[kItems], S* row, int dim) {
+  constexpr int kWords = kWidth * int(sizeof(S)) / int(sizeof(Word<R>));
 #pragma unroll
   for (int k = 0; k < kItems / kWidth; ++k) {
     const int channel = pack_channel<kWidth>(k);
-    Pack<unsigned, kWords> pack;
+    Pack<Word<R>, kWords> pack;
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) pack.v[i] = word_of<S>(v + k * kWidth + i * 4 / int(sizeof(S)));
-    if (channel < dim) store_pack(reinterpret_cast<unsigned*>(row + channel), pack);
+    for (int i = 0; i < kWords; ++i) pack.v[i] = word_of<S>(v + k * kWidth + i * int(sizeof(Word<R>)) / int(sizeof(S)));
+    if (channel < dim) store_pack(reinterpret_cast<Word<R>*>(row + channel), pack);
   }
 }
-template <int kWidth, int kItems>
-__device__ __forceinline__ void store_items(const float (&v)[kItems], void* base, DType dtype, int64_t offset, int dim) {
-  with_float_type(dtype, [&](auto t) { store_items<kWidth>(v, static_cast<decltype(t)*>(base) + offset, dim); });
+template <int kWidth, class R, int kItems>
+__device__ __forceinline__ void store_items(const R (&v)[kItems], void* base, DType dtype, int64_t offset, int dim) {
+  with_type<R>(dtype, [&](auto t) { store_items<kWidth>(v, static_cast<decltype(t)*>(base) + offset, dim); });
 }
 
 // f(i) for the items that are channels of the row.
@@ -100,68 +106,73 @@ __device__ __forceinline__ void for_items(int dim, F&& f) {
 }
 
 // n = (s - mean) * rstd with mean 0 for RMSNorm; s is replaced by s - mean, items beyond the row by 0. Returns rstd.
-template <int kWidth, int kItems>
-__device__ __forceinline__ float center_and_rstd(float (&s)[kItems], int dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
+template <int kWidth, class R, int kItems>
+__device__ __forceinline__ R center_and_rstd(R (&s)[kItems], int dim, R inverse_dim, R eps, bool is_rms_norm, RowSum<R>& sum) {
   if (!is_rms_norm) {
-    float total = 0.f;
+    R total = R(0);
 #pragma unroll
     for (int i = 0; i < kItems; ++i) total += s[i];
-    const float mean = sum(total) * inverse_dim;
+    const R mean = sum(total) * inverse_dim;
     for_items<kWidth, kItems>(dim, [&](int i) { s[i] -= mean; });
   }
-  float square = 0.f;
+  R square = R(0);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) square += s[i] * s[i];
-  return rsqrtf(sum(square) * inverse_dim + eps);
+  return inverse_root(sum(square) * inverse_dim + eps);
 }
 
 // --- strided ----------------------------------------------------------------------------------------------------------
 
 // One row of one tensor, read or written channel by channel.
+template <class R>
 struct RowView {
   const void* base;
   DType dtype;
   int64_t offset, stride;
 
-  __device__ __forceinline__ float operator[](int64_t channel) const { return load_float(base, dtype, offset + channel * stride); }
-  __device__ __forceinline__ void store(int64_t channel, float v) const {
-    store_float(const_cast<void*>(base), dtype, offset + channel * stride, v);
+  __device__ __forceinline__ R operator[](int64_t channel) const { return load_real<R>(base, dtype, offset + channel * stride); }
+  __device__ __forceinline__ void store(int64_t channel, R v) const {
+    store_real<R>(const_cast<void*>(base), dtype, offset + channel * stride, v);
   }
 };
 
-__device__ __forceinline__ RowView row_view(const void* base, DType dtype, const RowShape& shape, const RowStride& stride, int64_t row) {
+template <class R>
+__device__ __forceinline__ RowView<R> row_view(const void* base, DType dtype, const RowShape& shape, const RowStride& stride, int64_t row) {
   return {base, dtype, base ? row_offset(shape, stride, row) : 0, stride.dim};
 }
 
 // s = x + residual of one row, not rounded.
+template <class R>
 struct RowInput {
-  RowView x, residual;
-  __device__ __forceinline__ float operator[](int64_t channel) const {
+  RowView<R> x, residual;
+  __device__ __forceinline__ R operator[](int64_t channel) const {
     return residual.base ? x[channel] + residual[channel] : x[channel];
   }
 };
 
-template <class Params>
-__device__ __forceinline__ RowInput row_input(const Params& p, int64_t row) {
-  return {row_view(p.x, p.x_dtype, p.shape, p.x_stride, row), row_view(p.residual, p.residual_dtype, p.shape, p.residual_stride, row)};
+template <class R, class Params>
+__device__ __forceinline__ RowInput<R> row_input(const Params& p, int64_t row) {
+  return {row_view<R>(p.x, p.x_dtype, p.shape, p.x_stride, row), row_view<R>(p.residual, p.residual_dtype, p.shape, p.residual_stride, row)};
 }
 
+template <class R>
 struct RowStatistics {
-  float mean, rstd;
+  R mean, rstd;
 };
-__device__ __forceinline__ RowStatistics row_statistics(const RowInput& s, int64_t dim, float inverse_dim, float eps, bool is_rms_norm, RowSum& sum) {
-  float mean = 0.f;
+template <class R>
+__device__ __forceinline__ RowStatistics<R> row_statistics(const RowInput<R>& s, int64_t dim, R inverse_dim, R eps, bool is_rms_norm, RowSum<R>& sum) {
+  R mean = R(0);
   if (!is_rms_norm) {
-    float total = 0.f;
+    R total = R(0);
     for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) total += s[i];
     mean = sum(total) * inverse_dim;
   }
-  float square = 0.f;
+  R square = R(0);
   for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) {
-    const float centered = s[i] - mean;
+    const R centered = s[i] - mean;
     square += centered * centered;
   }
-  return {mean, rsqrtf(sum(square) * inverse_dim + eps)};
+  return {mean, inverse_root(sum(square) * inverse_dim + eps)};
 }
 
 // --- launch -----------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ __device__ __forceinline__ RowRange rows_of_block(const RmsNormBwdParams& p) {
 }
 
 // Writes the block's row of `partial`, its groups' gradients added in group order. All threads of the block call it.
-template <int kWidth, int kItems>
-__device__ __forceinline__ void store_block_gradient(const float (&gradient)[kItems], float* shared, float* partial, int dim) {
+template <int kWidth, class R, int kItems>
+__device__ __forceinline__ void store_block_gradient(const R (&gradient)[kItems], R* shared, R* partial, int dim) {
   if (blockDim.y == 1) return store_items<kWidth>(gradient, partial, dim);
   const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
   __syncthreads();  // `shared` may still be in use
@@ -33,7 +33,7 @@ __device__ __forceinline__ void store_block_gradient(const float (&gradient)[kIt
   for (int i = 0; i < kItems; ++i) shared[i * threads + thread] = gradient[i];
   __syncthreads();
   for (int item = threadIdx.y; item < kItems; item += blockDim.y) {
-    float sum = 0.f;
+    R sum = R(0);
     for (int group = 0; group < int(blockDim.y); ++group) sum += shared[item * threads + group * blockDim.x + threadIdx.x];
     const int channel = pack_channel<kWidth>(item / kWidth) + item % kWidth;
     if (channel < dim) partial[channel] = sum;
@@ -43,17 +43,18 @@ __device__ __forceinline__ void store_block_gradient(const float (&gradient)[kIt
 template <class T, int kItems>
 __global__ void __launch_bounds__(most_threads(kItems), 1) rms_norm_bwd_vector_kernel(const __grid_constant__ RmsNormBwdParams p) {
   constexpr int kWidth = 16 / sizeof(T);
-  COBRA_SHARED(RowSum::Shared, shared);
-  COBRA_DYNAMIC_SHARED(float, held);  // kItems per thread: its weights, at the end its gradients
-  RowSum sum{shared};
-  const float inverse_dim = 1.f / float(p.dim);
+  using R = Real<T>;
+  COBRA_SHARED(typename RowSum<R>::Shared, shared);
+  COBRA_DYNAMIC_SHARED(R, held);  // kItems per thread: its weights, at the end its gradients
+  RowSum<R> sum{shared};
+  const R inverse_dim = R(1) / R(p.dim);
   const RowRange rows = rows_of_block(p);
   const int threads = blockDim.x * blockDim.y, thread = threadIdx.y * blockDim.x + threadIdx.x;
   const auto held_at = [&](int i) { return (i / 4 * threads + thread) * 4 + i % 4; };  // by fours, neighbour after neighbour
-  RawItems<kWidth, kItems> weight;
+  RawItems<kWidth, kItems, R> weight;
   weight.load(p.weight, p.weight_dtype, 0, int(p.dim));
-  weight.for_values(p.weight_dtype, [&](int i, float v) { held[held_at(i)] = v; });
-  float dweight[kItems] = {}, dbias[kItems] = {};
+  weight.for_values(p.weight_dtype, [&](int i, R v) { held[held_at(i)] = v; });
+  R dweight[kItems] = {}, dbias[kItems] = {};
 
 #pragma unroll 1
   for (int first = 0; first < rows.count; first += blockDim.y) {
@@ -63,21 +64,21 @@ __global__ void __launch_bounds__(most_threads(kItems), 1) rms_norm_bwd_vector_k
     const int dim = active ? int(p.dim) : 0;
     const auto [x_at, residual_at, dy_at, ds_at] = row_offsets(p.shape, row, p.x_stride, p.residual_stride, p.dy_stride, p.ds_stride).of;
 
-    RawItems<kWidth, kItems> x, residual, dy, ds;
+    RawItems<kWidth, kItems, R> x, residual, dy, ds;
     x.load(static_cast<const T*>(p.x) + x_at, dim);
     if (p.residual) residual.load(p.residual, p.residual_dtype, residual_at, dim);
     dy.load(static_cast<const T*>(p.dy) + dy_at, dim);
     if (p.ds) ds.load(p.ds, p.ds_dtype, ds_at, dim);
 
-    float n[kItems], g[kItems], gn = 0.f;  // n holds s at first
+    R n[kItems], g[kItems], gn = R(0);  // n holds s at first
     add_residual<T>(n, x, residual, p.residual, p.residual_dtype);
-    const float rstd = center_and_rstd<kWidth>(n, dim, inverse_dim, float(p.eps), p.is_rms_norm, sum);
+    const R rstd = center_and_rstd<kWidth>(n, dim, inverse_dim, R(p.eps), p.is_rms_norm, sum);
 #pragma unroll
     for (int i = 0; i < kItems; i += 4) {
-      const auto w = load_pack<float, 4>(held + held_at(i));
+      const auto w = load_pack<R, 4>(held + held_at(i));
 #pragma unroll
       for (int j = i; j < i + 4; ++j) {
-        const float d = dy.template value<T>(j);
+        const R d = dy.template value<T>(j);
         n[j] *= rstd;
         dweight[j] += d * n[j];
         dbias[j] += d;
@@ -85,61 +86,62 @@ __global__ void __launch_bounds__(most_threads(kItems), 1) rms_norm_bwd_vector_k
         gn += g[j] * n[j];
       }
     }
-    const float mean_gn = sum(gn) * inverse_dim;
-    float mean_g = 0.f;
+    const R mean_gn = sum(gn) * inverse_dim;
+    R mean_g = R(0);
     if (!p.is_rms_norm) {
-      float total = 0.f;
+      R total = R(0);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) total += g[i];
       mean_g = sum(total) * inverse_dim;
     }
 #pragma unroll
     for (int i = 0; i < kItems; ++i) g[i] = rstd * (g[i] - mean_g - n[i] * mean_gn);
-    if (p.ds) ds.for_values(p.ds_dtype, [&](int i, float v) { g[i] += v; });
+    if (p.ds) ds.for_values(p.ds_dtype, [&](int i, R v) { g[i] += v; });
     const auto [dx_at, dresidual_at] = row_offsets(p.shape, row, p.dx_stride, p.dresidual_stride).of;
     store_items<kWidth>(g, static_cast<T*>(p.dx) + dx_at, dim);
     if (p.dresidual) store_items<kWidth>(g, p.dresidual, p.residual_dtype, dresidual_at, dim);
   }
 
-  float* const partial = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * p.dim;
+  R* const partial = static_cast<R*>(p.partial) + int64_t(blockIdx.x) * p.dim;
   store_block_gradient<kWidth>(dweight, held, partial, int(p.dim));
   if (p.dbias) store_block_gradient<kWidth>(dbias, held, partial + p.row_blocks * p.dim, int(p.dim));
 }
 
 // One group per block. A thread meets the same channels in every row, so it alone adds to their place in `partial`.
+template <class R>
 __global__ void __launch_bounds__(512, 1) rms_norm_bwd_strided_kernel(const __grid_constant__ RmsNormBwdParams p) {
-  COBRA_SHARED(RowSum::Shared, shared);
-  RowSum sum{shared};
-  const float inverse_dim = 1.f / float(p.dim);
+  COBRA_SHARED(typename RowSum<R>::Shared, shared);
+  RowSum<R> sum{shared};
+  const R inverse_dim = R(1) / R(p.dim);
   const RowRange rows = rows_of_block(p);
-  float* const dweight = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * p.dim;
-  float* const dbias = dweight + p.row_blocks * p.dim;
+  R* const dweight = static_cast<R*>(p.partial) + int64_t(blockIdx.x) * p.dim;
+  R* const dbias = dweight + p.row_blocks * p.dim;
   for (int64_t i = threadIdx.x; i < p.dim; i += blockDim.x) {
-    dweight[i] = 0.f;
-    if (p.dbias) dbias[i] = 0.f;
+    dweight[i] = R(0);
+    if (p.dbias) dbias[i] = R(0);
   }
 
-  const RowView weight = {p.weight, p.weight_dtype, 0, p.weight_stride};
+  const RowView<R> weight = {p.weight, p.weight_dtype, 0, p.weight_stride};
   for (int64_t row = rows.begin; row < rows.begin + rows.count; ++row) {
-    const RowInput s = row_input(p, row);
-    const RowView dy = row_view(p.dy, p.x_dtype, p.shape, p.dy_stride, row);
-    const RowView ds = row_view(p.ds, p.ds_dtype, p.shape, p.ds_stride, row);
-    const RowView dx = row_view(p.dx, p.x_dtype, p.shape, p.dx_stride, row);
-    const RowView dresidual = row_view(p.dresidual, p.residual_dtype, p.shape, p.dresidual_stride, row);
-    const auto [mean, rstd] = row_statistics(s, p.dim, inverse_dim, float(p.eps), p.is_rms_norm, sum);
+    const auto s = row_input<R>(p, row);
+    const auto dy = row_view<R>(p.dy, p.x_dtype, p.shape, p.dy_stride, row);
+    const auto ds = row_view<R>(p.ds, p.ds_dtype, p.shape, p.ds_stride, row);
+    const auto dx = row_view<R>(p.dx, p.x_dtype, p.shape, p.dx_stride, row);
+    const auto dresidual = row_view<R>(p.dresidual, p.residual_dtype, p.shape, p.dresidual_stride, row);
+    const auto [mean, rstd] = row_statistics(s, p.dim, inverse_dim, R(p.eps), p.is_rms_norm, sum);
 
-    float gn = 0.f, g_total = 0.f;
+    R gn = R(0), g_total = R(0);
     for (int64_t i = threadIdx.x; i < p.dim; i += blockDim.x) {
-      const float n = (s[i] - mean) * rstd, d = dy[i], g = d * weight[i];
+      const R n = (s[i] - mean) * rstd, d = dy[i], g = d * weight[i];
       dweight[i] += d * n;
       if (p.dbias) dbias[i] += d;
       gn += g * n;
       g_total += g;
     }
-    const float mean_gn = sum(gn) * inverse_dim, mean_g = p.is_rms_norm ? 0.f : sum(g_total) * inverse_dim;
+    const R mean_gn = sum(gn) * inverse_dim, mean_g = p.is_rms_norm ? R(0) : sum(g_total) * inverse_dim;
     for (int64_t i = threadIdx.x; i < p.dim; i += blockDim.x) {
-      const float n = (s[i] - mean) * rstd;
-      const float d_sum = rstd * (dy[i] * weight[i] - mean_g - n * mean_gn) + (p.ds ? ds[i] : 0.f);
+      const R n = (s[i] - mean) * rstd;
+      const R d_sum = rstd * (dy[i] * weight[i] - mean_g - n * mean_gn) + (p.ds ? ds[i] : R(0));
       dx.store(i, d_sum);
       if (p.dresidual) dresidual.store(i, d_sum);
     }
@@ -149,13 +151,14 @@ __global__ void __launch_bounds__(512, 1) rms_norm_bwd_strided_kernel(const __gr
 // Stage 2. A block owns kColumns channels of dweight (blockIdx.y = 0) or dbias (1): kSegments threads each add a run of row blocks.
 constexpr int kColumns = 32, kSegments = 32;
 
+template <class R>
 __global__ void __launch_bounds__(kColumns* kSegments) rms_norm_bwd_reduce_kernel(const __grid_constant__ RmsNormBwdParams p) {
-  COBRA_SHARED(float[kSegments][kColumns], sums);
-  const float* const partial = static_cast<const float*>(p.partial) + int64_t(blockIdx.y) * p.row_blocks * p.dim;
+  COBRA_SHARED(R[kSegments][kColumns], sums);
+  const R* const partial = static_cast<const R*>(p.partial) + int64_t(blockIdx.y) * p.row_blocks * p.dim;
   const int64_t each = (p.row_blocks + kSegments - 1) / kSegments;
   for (int64_t first = int64_t(blockIdx.x) * kColumns; first < p.dim; first += int64_t(gridDim.x) * kColumns) {
     const int64_t channel = first + threadIdx.x, begin = threadIdx.y * each;
-    float sum = 0.f;
+    R sum = R(0);
     if (channel < p.dim) {
 #pragma unroll 8
       for (int64_t block = begin; block < begin + each; ++block)
@@ -164,12 +167,12 @@ __global__ void __launch_bounds__(kColumns* kSegments) rms_norm_bwd_reduce_kerne
     sums[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
     if (threadIdx.y == 0 && channel < p.dim) {
-      float total = 0.f;
+      R total = R(0);
       for (int segment = 0; segment < kSegments; ++segment) total += sums[segment][threadIdx.x];
       if (blockIdx.y == 0)
-        store_float(p.dweight, p.weight_dtype, channel, total);
+        store_real<R>(p.dweight, p.weight_dtype, channel, total);
       else
-        store_float(p.dbias, p.bias_dtype, channel, total);
+        store_real<R>(p.dbias, p.bias_dtype, channel, total);
     }
     __syncthreads();  // before the next round overwrites `sums`
   }
@@ -186,33 +189,39 @@ bool rows_fit_vectors(const RmsNormBwdParams& p) {
          packed(p.residual, p.residual_dtype, p.residual_stride) && packed(p.dy, p.x_dtype, p.dy_stride) &&
          packed(p.ds, p.ds_dtype, p.ds_stride) && packed(p.dx, p.x_dtype, p.dx_stride) &&
          packed(p.dresidual, p.residual_dtype, p.dresidual_stride) && vector_is_packed(p.weight, p.weight_dtype, p.weight_stride, kWidth) &&
-         vector_is_packed(p.partial, DType::kFloat32, 1, kWidth);
+         vector_is_packed(p.partial, sizeof(T) == 8 ? DType::kFloat64 : DType::kFloat32, 1, kWidth);
 }
 
 template <class T, int kItems>
 int launch_vector(const RmsNormBwdParams& p, void* stream) {
   const int threads = row_threads(p.dim, kItems, most_threads(kItems)), groups = threads == kWarp ? kGroupThreads / kWarp : 1;
-  const size_t held = sizeof(float) * kItems * threads * groups;
+  const size_t held = sizeof(Real<T>) * kItems * threads * groups;
   return launch(&rms_norm_bwd_vector_kernel<T, kItems>, dim3(unsigned(p.row_blocks)), dim3(threads, groups), held, stream, p);
 }
 
+template <class R>
 int launch_stage1(const RmsNormBwdParams& p, void* stream) {
-  return pick_by_float_type(p.x_dtype, [&](auto t) {
+  return pick_by_type<R>(p.x_dtype, [&](auto t) {
     using T = decltype(t);
     if (!rows_fit_vectors<T>(p))
-      return launch(&rms_norm_bwd_strided_kernel, dim3(unsigned(p.row_blocks)), dim3(row_threads(p.dim, 4, 512)), 0, stream, p);
+      return launch(&rms_norm_bwd_strided_kernel<R>, dim3(unsigned(p.row_blocks)), dim3(row_threads(p.dim, 4, 512)), 0, stream, p);
     return p.dim <= 8 * kWarp ? launch_vector<T, 8>(p, stream) : launch_vector<T, kMostItems<T>>(p, stream);
   });
+}
+
+template <class R>
+int backward(const RmsNormBwdParams& p, void* stream) {
+  if (p.dim == 0) return 0;
+  if (const int error = launch_stage1<R>(p, stream)) return error;
+  const int64_t blocks = (p.dim + kColumns - 1) / kColumns, most = max_grid_x();
+  const dim3 grid(unsigned(blocks < most ? blocks : most), p.dbias ? 2 : 1);
+  return launch(&rms_norm_bwd_reduce_kernel<R>, grid, dim3(kColumns, kSegments), 0, stream, p);
 }
 
 }  // namespace
 
 int rms_norm_bwd_cuda(const RmsNormBwdParams& p, void* stream) {
-  if (p.dim == 0) return 0;
-  if (const int error = launch_stage1(p, stream)) return error;
-  const int64_t blocks = (p.dim + kColumns - 1) / kColumns, most = max_grid_x();
-  const dim3 grid(unsigned(blocks < most ? blocks : most), p.dbias ? 2 : 1);
-  return launch(&rms_norm_bwd_reduce_kernel, grid, dim3(kColumns, kSegments), 0, stream, p);
+  return pick_arithmetic(p.x_dtype, [&](auto r) { return backward<decltype(r)>(p, stream); });
 }
 
 }  // namespace cobra

@@ -32,8 +32,8 @@ template <class T, int kItems>
 __global__ void __launch_bounds__(most_threads<T>(kItems), least_blocks<T>(kItems))
     rms_norm_fwd_vector_kernel(const __grid_constant__ FwdCall call) {
   constexpr int kWidth = 16 / sizeof(T);
-  COBRA_SHARED(RowSum::Shared, shared);
-  RowSum sum{shared};
+  COBRA_SHARED(RowSum<float>::Shared, shared);
+  RowSum<float> sum{shared};
   const RmsNormFwdParams& p = call.p;
   const auto [row, active] = row_of_group(call);
   const int dim = active ? int(p.dim) : 0;
@@ -59,18 +59,18 @@ __global__ void __launch_bounds__(most_threads<T>(kItems), least_blocks<T>(kItem
 }
 
 __global__ void __launch_bounds__(256, 3) rms_norm_fwd_strided_kernel(const __grid_constant__ FwdCall call) {
-  COBRA_SHARED(RowSum::Shared, shared);
-  RowSum sum{shared};
+  COBRA_SHARED(RowSum<float>::Shared, shared);
+  RowSum<float> sum{shared};
   const RmsNormFwdParams& p = call.p;
   const auto [row, active] = row_of_group(call);
   const int64_t dim = active ? p.dim : 0;
   const auto [x_at, residual_at, s_at, y_at] = row_offsets(p.shape, row, p.x_stride, p.residual_stride, p.s_stride, p.y_stride).of;
 
-  const RowInput s = {{p.x, p.x_dtype, x_at, p.x_stride.dim}, {p.residual, p.residual_dtype, residual_at, p.residual_stride.dim}};
-  const RowView y = {p.y, p.x_dtype, y_at, p.y_stride.dim}, s_out = {p.s, p.s_dtype, s_at, p.s_stride.dim};
-  const RowView weight = {p.weight, p.weight_dtype, 0, p.weight_stride}, bias = {p.bias, p.bias_dtype, 0, p.bias_stride};
+  const RowInput<float> s = {{p.x, p.x_dtype, x_at, p.x_stride.dim}, {p.residual, p.residual_dtype, residual_at, p.residual_stride.dim}};
+  const RowView<float> y = {p.y, p.x_dtype, y_at, p.y_stride.dim}, s_out = {p.s, p.s_dtype, s_at, p.s_stride.dim};
+  const RowView<float> weight = {p.weight, p.weight_dtype, 0, p.weight_stride}, bias = {p.bias, p.bias_dtype, 0, p.bias_stride};
 
-  const RowStatistics statistics = row_statistics(s, dim, call.inverse_dim, float(p.eps), p.is_rms_norm, sum);
+  const RowStatistics<float> statistics = row_statistics(s, dim, call.inverse_dim, float(p.eps), p.is_rms_norm, sum);
   for (int64_t i = threadIdx.x; i < dim; i += blockDim.x) {
     const float v = s[i];
     if (p.s) s_out.store(i, v);

@@ -29,36 +29,7 @@ constexpr int kChunk = int(kStateChunk), kCheckpoints = kChunk / kRun;
 constexpr int kColumns = 2 * kStates;                     // of a step in the workspace: dB, dC
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// --- arithmetic: float; and double in the emulator, where it checks the formulas -----------------------------------------
-
-__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
-__device__ __forceinline__ float power_of_two(float x) { return exp2_fast(x); }
-__device__ __forceinline__ float inverse(float x) { return reciprocal_fast(x); }
-#if !defined(__CUDACC__)
-inline double multiply_add(double a, double b, double c) { return std::fma(a, b, c); }
-inline double power_of_two(double x) { return std::exp2(x); }
-inline double inverse(double x) { return 1 / x; }
-inline double softplus(double x) { return x > 20 ? x : std::log1p(std::exp(x)); }
-#endif
-template <class T> constexpr T kLog2 = T(1.4426950408889634074);  // of e
-template <class T> constexpr T kLn2 = T(0.69314718055994530942);
-template <class T>
-__device__ __forceinline__ T sigmoid(T x) { return inverse(T(1) + power_of_two(-x * kLog2<T>)); }
-
-template <class T>
-__device__ __forceinline__ T load_real(const void* base, DType dtype, int64_t offset) {
-  if constexpr (sizeof(T) == 8)
-    return static_cast<const T*>(base)[offset];
-  else
-    return load_float(base, dtype, offset);
-}
-template <class T>
-__device__ __forceinline__ void store_real(void* base, DType dtype, int64_t offset, T v) {
-  if constexpr (sizeof(T) == 8)
-    static_cast<T*>(base)[offset] = v;
-  else
-    store_float(base, dtype, offset, v);
-}
+// --- shared memory, by fours -------------------------------------------------------------------------------------------
 
 // Four numbers of shared memory in one access.
 template <class T>
@@ -909,10 +880,7 @@ int64_t selective_scan_bwd_workspace_cuda(const SelectiveScanBwdParams& p) {
 }
 
 int selective_scan_bwd_cuda(const SelectiveScanBwdParams& p, void* stream) {
-#if !defined(__CUDACC__)
-  if (p.u_dtype == DType::kFloat64) return backward<double>(p, stream);
-#endif
-  return backward<float>(p, stream);
+  return pick_arithmetic(p.u_dtype, [&](auto t) { return backward<decltype(t)>(p, stream); });
 }
 
 }  // namespace cobra
