@@ -104,7 +104,7 @@ def parser(op: str) -> argparse.ArgumentParser:
     p.add_argument("--mode", action="append", metavar="NAME", help="only this mode (repeatable)")
     p.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")
-    p.add_argument("--seconds", type=float, default=0.4, help="time per provider and case (default: %(default)s)")
+    p.add_argument("--seconds", type=float, default=0.25, help="time per provider and case (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="order of the interleaving (default: %(default)s)")
     p.add_argument("--quick", action="store_true", help="the few cases marked quick, no provider with a slow first call")
     p.add_argument("--record", action="store_true", help="append to benchmarks/results/<device>/")
@@ -167,7 +167,7 @@ def run_case(op: str, case: Case, args: argparse.Namespace, bench: Bench, enviro
     roof = roofline.roof_for(case.roof, case.cost, args.device)
     timings = measure(
         [*providers, *roof.providers], case.make_inputs, cache=case.cache, seconds=args.seconds, seed=args.seed,
-        device=args.device,
+        device=args.device, called=True,
     )  # fmt: skip
     counts = call_counts()
     clock = roofline.running_clock_mhz(args.device)
