@@ -20,7 +20,7 @@ import torch
 from benchmarks.harness.environment import last_level_cache_bytes, steady_allocator
 
 MAX_BUFFER_SETS = 1024
-SECONDS_LONG = 1.0  # of a call
+LONG_CALL = 0.2  # seconds
 
 
 class Timer(Protocol):
@@ -260,7 +260,7 @@ class Runner:
         self.first_call = self.timer(self.block)
         # Twice round the ring (but no longer than the budget): every buffer and every output has its pages by then.
         spent, done, fastest = 0.0, 0, math.inf
-        if called and self.first_call > SECONDS_LONG:  # and compiled nothing: it is warm
+        if called and self.first_call > LONG_CALL:  # and compiled nothing: it is warm
             done, fastest = math.inf, self.first_call
         while done < 2 * len(self.ring.sets) + 1 and (done == 0 or spent < warm_up_seconds):
             one = self.timer(self.block)

@@ -122,13 +122,14 @@ def by_product(call: Callable, product: str) -> Callable:
     return run
 
 
-def providers(op: str, call: Callable, peer: Callable, device: str, grad: bool) -> list[Provider]:
+def providers(op: str, call: Callable, peer: Callable, device: str, grad: bool, reference: bool) -> list[Provider]:
+    """`reference`: our own definition too, the same calls of torch as `peer`."""
     compiled = torch.compile(peer, dynamic=False)
     if grad:
         call, peer, compiled = training(call), training(peer), training(compiled)
     products = ("warps", "kernel", "library") if device != "cpu" and cobra_kernels.backends()["cuda"] is None else ()
     return [
-        *backend_providers(op, call, ("cpu", "reference"), device),
+        *backend_providers(op, call, ("cpu", "reference") if reference else ("cpu",), device),
         *(Provider(f"cuda, {product}", by_product(call, product)) for product in products),
         Provider("torch", peer),
         *([Provider("cublasLt epilogues", cublaslt_mlp)] if device != "cpu" and op == "mlp_projector" and not grad else []),
@@ -150,7 +151,7 @@ def cases_of(op: str, layers: int, cost: Callable, call: Callable, peer: Callabl
                     dims = {"tokens": shape.tokens, "v": sum(shape.vision_dims), "hidden": shape.hidden, "out": shape.d_model}
                     yield Case(
                         mode, dtype_name, name, dims, cost(shape, dtype, grad), "matmul", inputs,
-                        providers(op, call, peer, args.device, grad), quick=name == "cobra-3b-1" or name == "laptop" and dtype_name == "fp32",
+                        providers(op, call, peer, args.device, grad, name == "laptop"), quick=name == "cobra-3b-1" or name == "laptop" and dtype_name == "fp32",
                     )  # fmt: skip
 
     return cases
