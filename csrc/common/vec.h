@@ -140,6 +140,23 @@ COBRA_INLINE Vec<T> abs(Vec<T> a) {
 template <class T>
 COBRA_INLINE Vec<T> where_greater(Vec<T> a, Vec<T> b, Vec<T> yes, Vec<T> no) { return a.v > b.v ? yes.v : no.v; }
 
+// --- many sums at once ----------------------------------------------------------------------------------------------
+// Element of (a0 a1 .. b0 b1 ..) that output lane i takes from two vectors: every other one, from `first` on.
+template <class T>
+COBRA_INLINE Vec<T> every_other(Vec<T> a, Vec<T> b, int first) {
+  typename Vec<T>::Bits pick;
+  for (int i = 0; i < Vec<T>::kWidth; ++i) pick[i] = 2 * i + first;
+  return __builtin_shuffle(a.v, b.v, pick);
+}
+
+// Lane c of the result is the sum of the lanes of v[c]. Destroys v.
+template <class T>
+COBRA_INLINE Vec<T> sum_each(Vec<T> (&v)[Vec<T>::kWidth]) {
+  for (int count = Vec<T>::kWidth; count > 1; count /= 2)
+    for (int i = 0; i < count / 2; ++i) v[i] = every_other(v[2 * i], v[2 * i + 1], 0) + every_other(v[2 * i], v[2 * i + 1], 1);
+  return v[0];
+}
+
 // --- load and store: one conversion each way, unaligned -------------------------------------------------------------
 COBRA_INLINE Vec<float> load(const float* p) {
   Vec<float> r;

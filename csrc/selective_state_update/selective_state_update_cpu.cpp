@@ -17,22 +17,6 @@ namespace {
 constexpr int64_t kChannels = 64;  // of a tile; a multiple of every vector width
 constexpr int64_t kStates = 256;   // along dstate, staged at a time; a multiple of every vector width
 
-// Element of (a0 a1 .. b0 b1 ..) that output lane i takes from two vectors: every other one, from `first` on.
-template <class T>
-COBRA_INLINE Vec<T> every_other(Vec<T> a, Vec<T> b, int first) {
-  typename Vec<T>::Bits pick;
-  for (int i = 0; i < Vec<T>::kWidth; ++i) pick[i] = 2 * i + first;
-  return __builtin_shuffle(a.v, b.v, pick);
-}
-
-// Lane c of the result is the sum of the lanes of v[c]. Destroys v.
-template <class T>
-COBRA_INLINE Vec<T> sum_each(Vec<T> (&v)[Vec<T>::kWidth]) {
-  for (int count = Vec<T>::kWidth; count > 1; count /= 2)
-    for (int i = 0; i < count / 2; ++i) v[i] = every_other(v[2 * i], v[2 * i + 1], 0) + every_other(v[2 * i], v[2 * i + 1], 1);
-  return v[0];
-}
-
 // One tile of channels in compute precision. Lanes beyond the tile's last channel hold zeros.
 template <class T>
 struct Tile {

@@ -1,4 +1,4 @@
-"""The choice between two libraries: the same numbers, and F.linear wherever the other one does not serve."""
+"""The choice between our kernel and two libraries: the same numbers, and F.linear wherever the others do not serve."""
 
 from __future__ import annotations
 
@@ -7,24 +7,37 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from cobra_kernels import extension
 from cobra_kernels import linear as module
 from cobra_kernels.linear import apply_linear, linear
-from tests.tolerances import GEMM, assert_close
+from tests.tolerances import GEMM, OUTPUT, assert_close
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Shapes that went to oneDNN."""
+    """Shapes that went to oneDNN, with all products sent there."""
     seen, original = [], module._onednn
     if original is None:
         pytest.skip("this torch was built without oneDNN")
     monkeypatch.setattr(module, "_onednn", lambda x, *rest: seen.append(tuple(x.shape)) or original(x, *rest))
     monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
+    monkeypatch.setattr(module, "MOST_ROWS", 0)
+    return seen
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Shapes that went to our kernel, whatever the size of the weight."""
+    seen, original = [], module._few_rows_linear
+    if extension.absence() is not None:
+        pytest.skip(extension.absence())
+    monkeypatch.setattr(module, "_few_rows_linear", lambda x, *rest: seen.append(tuple(x.shape)) or original(x, *rest))
+    monkeypatch.setattr(module, "MIN_WEIGHT", 1)
     return seen
 
 
 def layouts(x):
-    wide = torch.randn(*x.shape[:-1], x.shape[-1] + 9)
+    wide = torch.randn(*x.shape[:-1], x.shape[-1] + 9, dtype=x.dtype)
     wide[..., 4:-5] = x
     return {
         "contiguous": x,
@@ -152,3 +165,68 @@ def test_route_linears_keeps_names_and_results(calls):
     assert list(part.state_dict()) == names and isinstance(part[0], nn.Linear)
     part[0].register_forward_hook(lambda m, args, out: out * 0)
     assert torch.equal(part(x), part(x * 2))  # hooks still run
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 70), (4, 33), (2, 2, 48), (1, 1, 64)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_few_rows_equal_torch_for_any_layout(few, shape, bias, dtype):
+    """Sums in fp32, rounded once; a row's bits do not depend on the others."""
+    weight, b = torch.randn(19, shape[-1] + 3).to(dtype)[:, : shape[-1]], torch.randn(38).to(dtype)[::2] if bias else None
+    for name, x in layouts(torch.randn(shape).to(dtype)).items():
+        got = linear(x, weight, b)
+        assert got.dtype == dtype and got.shape == (*x.shape[:-1], 19) and got.is_contiguous()
+        assert_close(got, F.linear(x.double(), weight.double(), None if b is None else b.double()), OUTPUT[dtype], name)
+        for row, alone in zip(got.reshape(-1, 19), x.reshape(-1, shape[-1])):
+            assert torch.equal(linear(alone, weight, b), row)
+    assert len(few) == sum(1 + x.shape[:-1].numel() for x in layouts(torch.randn(shape)).values())
+
+
+def test_few_rows_go_elsewhere_where_they_must(few, monkeypatch):
+    x, weight = torch.randn(2, 64), torch.randn(80, 64)
+    linear(x, weight.clone().requires_grad_())
+    linear(x.clone().requires_grad_(), weight)
+    with torch.no_grad():
+        linear(torch.randn(module.MOST_ROWS + 1, 64), weight)
+        linear(x, weight.t().contiguous().t())  # its columns are not neighbours
+        linear(x.double(), weight.double())
+        linear(x[:0], weight)
+        linear(x.to("meta"), weight.to("meta"))
+        torch.func.vmap(lambda x: linear(x, weight))(x)
+        torch.compile(lambda x: linear(x, weight), backend="eager", fullgraph=True)(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert linear(x, weight).dtype == torch.bfloat16
+        for wrong in ((x[:, :5], weight, None), (x, weight, torch.randn(81)), (x, weight.bfloat16(), None)):
+            with pytest.raises(RuntimeError) as ours:
+                linear(*wrong)
+            with pytest.raises(RuntimeError) as torchs:
+                F.linear(*wrong)
+            assert str(ours.value) == str(torchs.value)
+        monkeypatch.setattr(extension, "absence", lambda: "not built")
+        assert_close(linear(x, weight), F.linear(x, weight), GEMM)
+    assert few == []
+
+
+@torch.no_grad()
+def test_few_rows_op_checks_what_it_indexes(few):
+    x, weight = torch.randn(2, 64), torch.randn(80, 64)
+    op = torch.ops.cobra_kernels.few_rows_linear
+    for bias in (None, torch.randn(80)):
+        torch.library.opcheck(op, (x, weight, bias), test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+    for wrong, message in (
+        ((x[0], weight, None), "x has 1 dims"),
+        ((x, weight[:, 1:], None), "weight has size 63 at dim 1, expected 64"),
+        ((x, weight.t().contiguous().t(), None), "not neighbours"),
+        ((x, weight, torch.randn(79)), "bias has size 79"),
+        ((x.double(), weight, None), "x is float64"),
+        ((x, weight.long(), None), "weight is not float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            op(*wrong)
+
+
+@torch.no_grad()
+def test_small_weights_stay_with_torch(monkeypatch):
+    monkeypatch.setattr(module, "_few_rows_linear", lambda *_: pytest.fail("a weight of 64 x 64"))
+    linear(torch.randn(1, 64), torch.randn(64, 64))

@@ -849,5 +849,18 @@ COMPAT = [
           "        _set_python_path([*_python_path(), folder])\n", "", INSTALL),
 ]  # fmt: skip
 
+FEW_ROWS = [
+    Fault("linear", "cpu: the last columns of a row are dropped", "csrc/linear/linear_cpu.cpp",
+          "if (column < in) add(tail, x + column);", "", native("linear")),
+    Fault("linear", "cpu: the tail of the row before", "csrc/linear/linear_cpu.cpp",
+          "std::copy(weight + whole, weight + p.in, tail);", "if (i == 0) std::copy(weight + whole, weight + p.in, tail);", native("linear")),
+    Fault("linear", "cpu: every bias is the first", "csrc/linear/linear_cpu.cpp",
+          "o * p.bias_stride, p.bias_stride, count);", "0, p.bias_stride, count);", native("linear")),
+    Fault("linear", "cpu: rows beyond a group take those of the first", "csrc/linear/linear_cpu.cpp",
+          "dots<kRows>(weight, tail, x + row * pitch,", "dots<kRows>(weight, tail, x,", native("linear")),
+    Fault("linear", "cpu: rows of a weight lie side by side", "csrc/linear/linear_cpu.cpp",
+          "(o + i) * p.weight_row_stride;", "(o + i) * p.in;", native("linear")),
+]  # fmt: skip
+
 FAULTS = [*RMS_NORM, *CAUSAL_CONV1D, *CAUSAL_CONV1D_UPDATE, *SELECTIVE_SCAN, *SELECTIVE_STATE_UPDATE, *PROJECTORS, *MAMBA_INNER]
-FAULTS += [*SELECTION, *MODULES, *COMPAT, *COBRA]
+FAULTS += [*FEW_ROWS, *SELECTION, *MODULES, *COMPAT, *COBRA]
