@@ -255,7 +255,7 @@ class Case:
             return {}
         try:
             with torch.no_grad():
-                timings = measure(list(providers.values()), cache="warm", seconds=seconds, seed=seed, device=self.device)
+                timings = measure(list(providers.values()), cache="warm", seconds=seconds, seed=seed, device=self.device, called=True)
                 energies = {name: joules_per_call(p, self.device) if self.energy else (None, "") for name, p in providers.items()}
         except Exception as failure:  # out of memory once all of them run: none has a figure
             reasons.update(dict.fromkeys(providers, _words(failure)))

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import importlib
 import json
+import math
 import os
 import random
 import re
@@ -42,6 +43,7 @@ from benchmarks.suite.worker import OUT_OF_MEMORY, entry_of
 
 PRESETS = ("laptop", "gpu", "paper")
 FAILED = ("out of memory", "time limit", "crashed")
+LIMIT = 600.0  # seconds of a case
 
 
 class RunError(Exception):
@@ -80,6 +82,12 @@ def in_own_process(arguments: Sequence[str], limit: float, log: Path, command: S
     return *_ending(code, limit, log), None
 
 
+def time_limit(case: Case, wanted: float | None) -> float:
+    """Seconds after which a case is ended: `wanted`, else LIMIT or, if that is more, what its models may take together."""
+    patience = case.patience * len(case.entries)
+    return wanted or (max(LIMIT, patience) if math.isfinite(patience) else LIMIT)
+
+
 def _ending(code: int | None, limit: float, log: Path) -> tuple[str, str]:
     lines = log.read_text(errors="replace").strip().splitlines()
     said = lines[-1].strip()[:200] if lines else ""
@@ -109,7 +117,7 @@ class Runner:
         for entry in self.journal.entries:
             if entry["kind"] == "roofs":
                 return Roofs(**entry["roofs"])
-        status, reason, found = in_own_process(["roofs", *self.common], self.args.limit, self.folder / "logs" / "roofs.txt")
+        status, reason, found = in_own_process(["roofs", *self.common], self.args.limit or LIMIT, self.folder / "logs" / "roofs.txt")
         if found is None:
             raise RunError(f"the roofs of this machine could not be measured ({status}: {reason}); see {self.folder}/logs/roofs.txt")
         self.journal.append({"kind": "roofs", "roofs": found, "date": stamp("cpu")["date"]})
@@ -126,7 +134,7 @@ class Runner:
             seconds = [] if a.seconds is None else ["--seconds", str(a.seconds)]
             fields = json.dumps(vars(roofs))
             status, reason, found = in_own_process(
-                ["case", *self.common, "--case", case.id, "--roofs", fields, "--seed", str(a.seed), *seconds], a.limit,
+                ["case", *self.common, "--case", case.id, "--roofs", fields, "--seed", str(a.seed), *seconds], time_limit(case, a.limit),
                 self.folder / "logs" / f"{re.sub(r'[^A-Za-z0-9=,.-]+', '_', case.id)}.txt",
             )  # fmt: skip
         lost = {"date": None, "sensors": None, "notes": [], "ratios": [], "backends": []}
@@ -327,7 +335,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--run", metavar="NAME", help="name of the run, its folder under --out (default: preset, device, commit)")
     p.add_argument("--device", help="cpu or cuda (default: cuda where there is one, but cpu for the preset laptop)")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="folder of the runs (default: out/bench)")
-    p.add_argument("--limit", type=float, default=600, metavar="SECONDS", help="of one case, then it is marked (default: %(default)s)")
+    p.add_argument("--limit", type=float, metavar="SECONDS", help="of one case, then it is marked (default: 600, or what its models may take)")
     p.add_argument("--retry", action="store_true", help="measure cases again that crashed, ran out of memory or time")
     p.add_argument("--seconds", type=float, help="measuring time of one model in one case (default: the case's)")
     p.add_argument("--threads", type=int, default=0, help="CPU threads (default: torch's)")

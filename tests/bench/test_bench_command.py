@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import fastjsonschema
@@ -19,6 +20,7 @@ import torch
 
 from benchmarks.harness import records
 from benchmarks.harness.environment import ROOT
+from benchmarks.scenarios.catalogue import cases
 from benchmarks.suite import compare, journal, machine, report, results, run, worker
 from benchmarks.suite.journal import Journal, JournalError
 from tests.bench import fake_scenarios
@@ -118,6 +120,13 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 
 
 # --- resumed ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_protocol_gets_the_time_that_its_models_may_take():
+    paper = max(cases("paper", "cpu"), key=lambda case: case.patience)
+    assert run.time_limit(paper, None) == paper.patience * len(paper.entries) > run.LIMIT
+    for patience, wanted, expected in ((1.0, None, run.LIMIT), (math.inf, None, run.LIMIT), (1e4, 5.0, 5.0)):
+        assert run.time_limit(replace(paper, patience=patience), wanted) == expected
 
 
 def test_a_run_that_is_stopped_goes_on_where_it_was(tmp_path, inline, monkeypatch, capsys):
