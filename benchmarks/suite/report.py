@@ -173,7 +173,7 @@ def pngs(run: dict, folder: Path) -> list[Path]:
 
 
 def _draw_lines(plot: Plot, axes) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     for colour, entry, rows, limits in plot.lines():
         colour %= len(COLOURS)
@@ -202,6 +202,8 @@ def _draw_lines(plot: Plot, axes) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     if plot.log_y:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: plot.y_text(v)))
