@@ -117,14 +117,15 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_plain_call(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Plain tensors of one dtype on a CPU, and nothing that looks into the call: no compiler, transform, dual number or autocast."""
+    """Plain tensors of one dtype on a CPU, and nothing that looks into the call: no compiler, transform, dual number, autocast or dispatch
+    mode such as torch's FLOP counter."""
     if torch.compiler.is_compiling():
         return False
     operands = (x, weight) if bias is None else (x, weight, bias)
     dtype = x.dtype
     if dtype not in _FLOATS or any(t.dtype != dtype or t.device.type != "cpu" or type(t) not in (Tensor, nn.Parameter) for t in operands):
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch._C._len_torch_dispatch_stack():
         return False  # they see through torch's own product only
     return not torch.is_autocast_enabled("cpu")
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cobra_kernels import extension
 from cobra_kernels import linear as module
@@ -197,6 +198,9 @@ def test_few_rows_go_elsewhere_where_they_must(few, monkeypatch):
         torch.compile(lambda x: linear(x, weight), backend="eager", fullgraph=True)(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x, weight).dtype == torch.bfloat16
+        with FlopCounterMode(display=False) as counter:
+            linear(x, weight)
+        assert counter.get_total_flops() == 2 * 2 * 64 * 80
         for wrong in ((x[:, :5], weight, None), (x, weight, torch.randn(81)), (x, weight.bfloat16(), None)):
             with pytest.raises(RuntimeError) as ours:
                 linear(*wrong)
