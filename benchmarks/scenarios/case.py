@@ -25,7 +25,7 @@ from benchmarks.scenarios.energy import joules_per_call
 
 # Largest L2-relative difference between two settings of one model that is still the same answer: whole models, so many roundings.
 SAME_MODEL = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.05}
-CALLS = 6  # fewest calls that a measurement makes: a trial, the first, a warm-up, three samples
+CALLS = 5  # fewest calls that a measurement of a long call makes: a trial, the first, three samples
 
 
 @dataclass(frozen=True)
