@@ -108,3 +108,11 @@ def test_a_rate_and_a_fraction_follow_from_the_median():
     result = run(case("known", {"batch": 1}, entry("ours", sleeper(0.002), size=10_000_000)), 0.05)["results"][0]
     median = result["record"]["median"]
     assert result["rate"] == 1 / median and result["limit_seconds"] == 1e-3 and result["fraction"] == pytest.approx(1e-3 / median)
+
+
+@pytest.mark.parametrize("called, calls", [(False, 5), (True, 4)])
+def test_a_long_call_that_compiles_nothing_is_warm_after_one(called, calls):
+    made = []
+    provider = timing.Provider("long", lambda: (time.sleep(1.1 * timing.LONG_CALL), made.append(1))[1])
+    found = timing.measure([provider], seconds=0.1, called=called)["long"]
+    assert len(made) == calls and len(found.samples) == 3
