@@ -151,6 +151,20 @@ print('child status', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     assert "child status 0" in python(code, OMP_NUM_THREADS="2")
 
 
+@needs_kernels
+def test_the_environment_gives_way_to_the_argument():
+    code = """
+import torch, cobra_kernels as k
+x, w = torch.ones(2, 8), torch.ones(8)
+def ran(call):
+    k.reset_call_counts()
+    call()
+    return k.call_counts().get(('rms_norm', 'cpu'), 0)
+print('ran', ran(lambda: k.rms_norm(x, w)), ran(lambda: k.rms_norm(x, w, backend='cpu')))
+"""
+    assert "ran 0 1" in python(code, COBRA_KERNELS_BACKEND="reference")
+
+
 def test_environment_values_are_checked():
     assert "COBRA_KERNELS_BACKEND: got 'gpu'" in python("import cobra_kernels", COBRA_KERNELS_BACKEND="gpu")
     assert "COBRA_KERNELS_CPU_LEVEL: got 'sse'" in python("import cobra_kernels", COBRA_KERNELS_CPU_LEVEL="sse")
