@@ -95,3 +95,14 @@ def test_blocks(monkeypatch):
     assert agree(train.providers, train.make_inputs(0)) == ["cpu", "mambapy"]
     one = bench.cost(bench.Shape(1, 11, LMShape(32, 1)), torch.float32, "fwd")
     assert one.flops == 2 * 11 * (64 * (2 + 2 * 16) + 2 * 64 + 64 * 32) and one.exps == 11 * 64 * 21
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_products_of_few_rows(dtype, monkeypatch):
+    from benchmarks.ops import bench_linear as bench
+
+    monkeypatch.setattr(bench, "WEIGHTS", {"in": (19, 33)})
+    cases = [c for c in bench.cases(parser("linear").parse_args([])) if c.dtype == dtype]
+    assert len(cases) == len(bench.ROWS)
+    for case in cases:
+        assert "torch" in agree(case.providers, case.make_inputs(0), dtype)
