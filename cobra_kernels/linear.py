@@ -20,7 +20,7 @@ from .library import OPS, define
 
 # Below this many multiplications the call itself is what costs, and MKL's is the shorter one.
 MIN_PRODUCTS = 1 << 19
-# Rows of x up to which reading the weight is what counts. At 6 a library, which packs both operands, was as fast.
+# Rows of x up to which reading the weight is what counts; at 8 a library is as fast (benchmarks/ops/bench_linear.py).
 MOST_ROWS = 4
 # Elements of a weight below which torch's own call is as short.
 MIN_WEIGHT = 1 << 15
